@@ -1,7 +1,6 @@
 """Frames in, batches out: NYU Depth V2 or synthetic rooms, for train.py and dissect.py.
 
     python data.py nyu_data nyu.h5                       # decode once; from then on --data nyu.h5
-    python data.py nyu_depth_v2_labeled.mat nyu.h5 --raw-depth
 
 A source is Kaggle's folder, the official .mat, an .h5 packed here, or rooms drawn here. Depth is
 float32 metres, 0 = missing; its factor follows from format and split, never from the values.
@@ -12,6 +11,7 @@ import base64
 import csv
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -24,6 +24,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 SIZE, DEPTH_SIZE = (192, 256), (48, 64)                # height, width: METER's input and output
@@ -49,77 +50,61 @@ FURNITURE = [  # from-to of width, height, depth, bottom in metres, way out to t
     ((.4, 1.3), (.4, .9), (.03, .04), (1.1, 1.3), (1, 1))]  # picture
 BRIGHTNESS = [(.1, .4), (.3, .7), (.6, .85)] + [(.04, .6)] * 7  # floor, walls, ceiling, furniture
 
-
-def hash_uniform(*keys):
-    """Numbers in [0, 1) hashed from integers: no generator's state, so each room stands alone."""
-    bits = 0
-    for key in keys:  # 32 bits times 31-bit odd numbers: no overflow of int64
-        bits = (bits ^ key & 0xFFFFFFFF) * 0x5A6B3C4D + 0x1234567 & 0xFFFFFFFF
-        bits = (bits ^ bits >> 15) * 0x6F4D2A35 & 0xFFFFFFFF
-    return ((bits ^ bits >> 14) >> 8).float() / 2**24
-
-
 def make_rooms(indices, seed=0, device="cpu"):
     """Images (B, 3, 192, 256) uint8, z-depths (B, 1, 48, 64) in metres of the rooms `indices`."""
-    def draw(name, *ranges):  # R of them, or R lists of N of them -> (B, R, N)
+    rooms = [torch.Generator().manual_seed(seed * 10**6 + i) for i in indices.tolist()]
+    def uniform(*shape):
+        return torch.stack([torch.rand(shape, generator=room) for room in rooms]).to(device)
+    def draw(*ranges):  # R of them, or R lists of N of them -> (B, R, N)
         low, high = torch.tensor(ranges, device=device).view(len(ranges), -1, 2).unbind(2)
-        number = torch.arange(low.numel(), device=device).view_as(low)
-        return low + (high - low) * hash_uniform(seed, rooms, name, number)
-    def cast(start, ray):  # how far along each ray the first box is, and which; 0 is the room
-        inverse = (1 / ray).clamp(-1e6, 1e6)                               # never 0 times infinity
-        first, which, spread = torch.inf, 0, inverse.abs()
-        for number, (middle, reach) in enumerate(zip(center.split(1, 2), half.split(1, 2))):
-            middle, reach = (middle - start) * inverse, reach * spread     # (B, 3, P)
-            enter, leave = (middle - reach).amax(1, True), (middle + reach).amin(1, True)
-            seen = enter.where((enter > .01) & (enter < leave), torch.inf) if number else leave
-            which = torch.where(seen < first, number, which)               # (B, 1, P)
-            first = seen.clamp(max=first)
-        return first, which
+        return low + (high - low) * uniform(*low.shape)
 
     # Room and camera: x right, y up, z forward in metres, the origin in the middle of the room.
-    rooms = indices.to(device)[:, None, None]                              # (B, 1, 1)
-    size = draw(1, (1.2, 3), (1.2, 1.5), (1.4, 4.6))                       # (B, 3, 1), half of it
-    camera = draw(2, (-.4, .4), (-.2, .15), (-.9, .2)) * size
-    yaw, pitch = draw(3, (-.8, .8), (-.1, .45)).split(1, 1)                # (B, 1, 1)
+    size = draw((1.2, 3), (1.2, 1.5), (1.4, 4.6))                          # (B, 3, 1), half of it
+    camera = draw((-.4, .4), (-.2, .15), (-.9, .2)) * size
+    yaw, pitch = draw((-.8, .8), (-.1, .45)).split(1, 1)                   # (B, 1, 1)
     # Furniture along the left, far and right wall (places -3 to -1 to 1 to 3), or further inside.
-    half, low, out, place = draw(4, *zip(*FURNITURE), [(-2.2, 2.2)] * 7).split([3, 1, 1, 1], 1)
+    half, low, out, place = draw(*zip(*FURNITURE), [(-2.2, 2.2)] * 7).split([3, 1, 1, 1], 1)
     half = half.where(place.abs() < 1, half.flip(1)) / 2                   # (B, 3, K)
     center = torch.cat([place, 0 * place, 2 - place.abs()], 1).clamp(-1, 1) * (size - half) * out
     center[:, 1:2] = low + half[:, 1:2] - size[:, 1:2]
-    gap = ((camera - center).abs() - half).relu().norm(dim=1, keepdim=True)
-    half = torch.cat([size, half.where(gap > .7, -1)], 2)  # -1: never hit, so all depth exceeds 0.5
-    center = torch.cat([0 * size, center], 2)                              # (B, 3, 1 + K)
-    # What each pixel sees. Rays have length 1 along the optical axis: the way along is z-depth.
-    pixel = torch.arange(math.prod(SIZE), device=device)                    # (P,)
+    half, center = torch.cat([size, half], 2), torch.cat([0 * size, center], 2)  # the room is box 0
+    # Rays have length 1 along the optical axis, so the way along them is z-depth.
+    pixel = torch.arange(math.prod(SIZE), device=device)                   # (P,)
     x = (pixel % SIZE[1] - (SIZE[1] - 1) / 2) / FOCAL
     y = ((SIZE[0] - 1) / 2 - pixel // SIZE[1]) / FOCAL
     y, z = pitch.cos() * y - pitch.sin(), pitch.sin() * y + pitch.cos()    # (B, 1, P)
     ray = torch.cat([yaw.cos() * x + yaw.sin() * z, y, yaw.cos() * z - yaw.sin() * x], 1)
-    depth, box = cast(camera, ray)
+    inverse, depth, box = (1 / ray).clamp(-1e6, 1e6), torch.inf, 0         # never 0 times infinity
+    for number in range(half.shape[2]):
+        reach = half[:, :, number, None] * inverse.abs()                   # (B, 3, P)
+        middle = (center[:, :, number, None] - camera) * inverse
+        enter, leave = (middle - reach).amax(1, True), (middle + reach).amin(1, True)
+        seen = enter.where((enter > .5) & (enter < leave), torch.inf) if number else leave
+        box = torch.where(seen < depth, number, box)                       # (B, 1, P)
+        depth = seen.clamp(max=depth)
+    # Tiles or planks whose shades follow from their numbers along x, y, z; then light and noise.
     point, index = camera + ray * depth, box.expand(-1, 3, -1)             # (B, 3, P)
     local = (point - center.gather(2, index)) / half.gather(2, index)      # 1 or -1 across the face
     normal = local.sign() * (local.abs() == local.abs().amax(1, True)) * (1 - 2 * (box == 0))
-    # Paint: tiles or planks in shades hashed from their numbers along x, y, z.
-    kind = torch.where(box == 0, 1 - normal[:, 1:2].long(), box + 2)       # (B, 1, P)
+    kind = torch.where(box == 0, 1 - normal[:, 1:2].long(), box + 2)       # floor, walls, ceiling
     spans = (.9, 1.3), (.9, 1.1), (.65, 1.15), (-.3, .25), (.07, 1), (.07, 1), (.07, 1)
-    paint = draw(5, BRIGHTNESS, *[[span] * len(BRIGHTNESS) for span in spans]).relu()
+    paint = draw(BRIGHTNESS, *[[span] * len(BRIGHTNESS) for span in spans]).relu()
     gray, hue, contrast, width = paint.gather(2, kind.expand(-1, 8, -1)).split([1, 3, 1, 3], 1)
-    x, y, z = (point * (normal == 0) / width).floor().long().split(1, 1)
-    shade = 2 * hash_uniform(seed, rooms, 6, x + 2**9 * y + 2**18 * z + 2**27 * kind) - 1
-    # Light from all around, more from one side, and of a lamp with shadows; then sensor noise.
-    way = draw(7, (-.6, .6), (.6, .9), (-.6, .6)) * size - point           # (B, 3, P)
-    square, lit = way.square().sum(1, True), cast(point, way)[0] > .98     # (B, 1, P)
-    lamp = lit * (normal * way).sum(1, True).relu() * square.rsqrt() / (1 + square / 6)
-    light = .35 + draw(8, (.6, 1.9)) * lamp + (normal * draw(9, *[(-.15, .15)] * 3)).sum(1, True)
-    noise = (hash_uniform(pixel) * draw(10, *[(99, 199)] * 3)).frac()
-    image = (gray * hue * (1 + contrast * shade) * light).clamp(0, 1).sqrt() + .06 * noise - .03
-    return ((image.clamp(0, 1) * 255).byte().view(-1, 3, SIZE[0], SIZE[1]),
-            depth.view(-1, 1, SIZE[0], SIZE[1])[..., 2::4, 2::4].contiguous())
-
+    x, y, z = (point * (normal == 0) / width).floor().split(1, 1)
+    shade = ((x * 127.1 + y * 311.7 + z * 74.7 + kind).sin() * 43758.5).frac()   # -1 .. 1
+    way = draw((-.6, .6), (.6, .9), (-.6, .6)) * size - point              # to the lamp
+    square = way.square().sum(1, True)                                     # (B, 1, P)
+    lamp = draw((.6, 1.9)) * (normal * way).sum(1, True).relu() * square.rsqrt() / (1 + square / 6)
+    light = .35 + lamp + (normal * draw(*[(-.15, .15)] * 3)).sum(1, True)
+    image = (gray * hue * (1 + contrast * shade) * light).clamp(0, 1).sqrt()
+    image = (image + .06 * uniform(3, len(pixel)) - .03).clamp(0, 1)
+    return ((image * 255).byte().view(-1, 3, *SIZE),
+            depth.view(-1, 1, *SIZE)[..., 2::4, 2::4].contiguous())
 
 class Source:
     """Frames in two pools, "train" and "test"; `faults` collects what is wrong with them."""
-    def __init__(self, path, pools):  # pools: for each, what tells frames apart: files or numbers
+    def __init__(self, path, pools):  # of each pool what tells its frames apart: files or numbers
         self.path, self.pools, self.faults = path, pools, []
         self.sizes = {pool: len(frames) for pool, frames in pools.items()}
 
@@ -144,7 +129,6 @@ class Source:
             pairs = zip(*threads.map(decode, indices))
             return tuple(torch.from_numpy(np.stack(part)) for part in pairs)
 
-
 class KaggleFolder(Source):
     """nyu_data, or its parent: data/nyu2_train.csv and nyu2_test.csv list pairs of files."""
     def __init__(self, path):
@@ -153,8 +137,8 @@ class KaggleFolder(Source):
             index = (root / "data" / f"nyu2_{pool}.csv").resolve()
             if not index.is_file():
                 sys.exit(f"error: {index} does not exist.\n{HOW_TO_GET_NYU}")
-            rows = csv.reader(index.read_text(errors="replace").split("\n"))
-            rows = [row for row in rows if row]
+            lines = index.read_text(errors="replace").splitlines()
+            rows = [row for row in csv.reader(lines) if row]
             if odd := [row for row in rows or ["nothing"] if len(row) != 2]:
                 sys.exit(f"error: {index}: {odd[0]} is no image and depth. Get the CSV again.")
             pairs[pool] = [[(root / cell).resolve() for cell in row] for row in rows]
@@ -170,38 +154,33 @@ class KaggleFolder(Source):
                              "8-bit for training, 16-bit for the test")
         return image.convert("RGB"), depth, METRES_PER_LEVEL[pool]
 
-
 class LabeledMat(Source):
     """nyu_depth_v2_labeled.mat: MATLAB 7.3, which is HDF5; each image lies there transposed."""
     def __init__(self, path, raw_depth):
         file, key = h5py.File(path), "rawDepths" if raw_depth else "depths"
         if not {"images", key} <= set(file) or len(file["images"]) != len(file[key]):
-            sys.exit(f"error: {path.resolve()} lacks images or {key}: no nyu_depth_v2_labeled.mat.")
+            sys.exit(f"error: {path} lacks images or {key}: it is no nyu_depth_v2_labeled.mat.")
         self.images, self.depths = file["images"], file[key]
         bits = np.unpackbits(np.frombuffer(base64.b64decode(TEST_BITS), np.uint8))
         numbers = [np.flatnonzero(bits[:len(self.images)] == is_test) for is_test in (0, 1)]
-        super().__init__(path.resolve(), dict(zip(("train", "test"), numbers)))
+        super().__init__(path, dict(zip(("train", "test"), numbers)))
 
     def frame(self, pool, i):
         number = self.pools[pool][i]
         image, depth = (np.ascontiguousarray(x[number].T) for x in (self.images, self.depths))
         return Image.fromarray(image), Image.fromarray(depth.astype(np.float32)), 1
 
-
 class Packed(Source):
     """Written by `pack`: <pool>/image uint8 (n, 192, 256, 3), /depth float32 (n, 1, 48, 64)."""
     def __init__(self, path):
         self.file = h5py.File(path)
-        if self.file.attrs.get("format") != PACKED:
-            sys.exit(f"error: {path.resolve()} was not packed by this data.py: its format is "
-                     f"{self.file.attrs.get('format')!r}, not {PACKED!r}. Pack it again.")
-        sizes = {pool: len(self.file[pool]["image"]) for pool in METRES_PER_LEVEL}
-        super().__init__(path.resolve(), {pool: range(n) for pool, n in sizes.items()})
+        if (found := self.file.attrs.get("format")) != PACKED:
+            sys.exit(f"error: {path} was not packed by this data.py ({found!r}): pack it again.")
+        super().__init__(path, {pool: range(len(x["image"])) for pool, x in self.file.items()})
 
     def frames(self, pool, indices):                   # h5py is fast row by row, slow with a list
         return tuple(torch.from_numpy(np.stack([self.file[pool][key][i] for i in indices]))
                      for key in ("image", "depth"))
-
 
 class Rooms(Source):
     """Rooms drawn by `make_rooms`: numbers from 0 for training, from a billion for the test."""
@@ -211,28 +190,25 @@ class Rooms(Source):
         self.device = device
 
     def frames(self, pool, indices):
-        numbers = torch.tensor([self.pools[pool][i] for i in indices])
-        parts = [make_rooms(part, device=self.device) for part in numbers.split(8)]
+        numbers = torch.tensor([self.pools[pool][i] for i in indices]).split(8)
+        parts = [make_rooms(part, device=self.device) for part in numbers]
         image, depth = map(torch.cat, zip(*parts))
         return image.permute(0, 2, 3, 1), depth
 
-
 def open_source(path, raw_depth=False, rooms=500, device="cpu"):
     """The source behind --data (Path or None); ends the program if there is none."""
-    path = path or (KAGGLE_MOUNT if KAGGLE_MOUNT.is_dir() else None)
-    if path is None:
+    if not path and not KAGGLE_MOUNT.is_dir():
         print(f"data: {rooms:,} synthetic rooms, drawn now. {HOW_TO_GET_NYU}")
         return Rooms(rooms, device)
-    if path.is_dir():
-        return KaggleFolder(path)
-    if not path.is_file() or path.suffix not in (".mat", ".h5"):
-        sys.exit(f"error: --data {path.resolve()} does not exist as a folder, .mat or .h5.\n"
-                 f"{HOW_TO_GET_NYU}")
+    path = (path or KAGGLE_MOUNT).resolve()
     try:
-        return LabeledMat(path, raw_depth) if path.suffix == ".mat" else Packed(path)
+        if path.is_dir():
+            return KaggleFolder(path)
+        if path.is_file() and path.suffix in (".mat", ".h5"):
+            return LabeledMat(path, raw_depth) if path.suffix == ".mat" else Packed(path)
     except OSError as error:                           # not HDF5, or cut short
-        sys.exit(f"error: {path.resolve()} cannot be opened as HDF5 ({error}). Get it again.")
-
+        sys.exit(f"error: {path} cannot be opened as HDF5 ({error}). Get it again.")
+    sys.exit(f"error: --data {path} does not exist as a folder, .mat or .h5.\n{HOW_TO_GET_NYU}")
 
 def split_indices(sizes, split, notebook=False):
     """(pool, range) of "train", "val" or "test". In file order: a random split would leak scenes.
@@ -243,31 +219,28 @@ def split_indices(sizes, split, notebook=False):
         return "test", range(sizes["test"])
     n = sizes["train"]
     train, val = (int(0.8 * n), int(0.1 * n)) if notebook else (n - n // 10, n // 10)
-    bounds = [0, train, train + val, n]
-    at = ["train", "val", "test"].index(split)
-    return "train", range(bounds[at], bounds[at + 1])
+    return "train", {"train": range(train), "val": range(train, train + val),
+                     "test": range(train + val, n)}[split]
 
-
-class Progress:
-    """`train 5,000/40,550 | 812 images/s | 44 s left`: rewritten on a terminal, else every 30 s."""
-    def __init__(self, label, total, unit="images"):
-        self.label, self.total, self.unit = label, total, unit
-        self.start, self.shown = time.monotonic(), 0
-
-    def __call__(self, done):
-        seconds = time.monotonic() - self.start + 1e-9
-        text = (f"{self.label} {done:,}/{self.total:,} | {done / seconds:.1f} {self.unit}/s | "
-                f"{(self.total - done) * seconds / done:.0f} s left")
-        if sys.stdout.isatty():
-            print("\r\033[K" + (text if done < self.total else ""), end="", flush=True)
-        elif seconds - self.shown > 30:
-            self.shown = seconds
+def progress(label, total, unit="images"):
+    """Call the result with how many are done: `train 500/716 | 64.2 images/s | 3 s left`."""
+    start = shown = time.monotonic()
+    def show(done):
+        nonlocal shown
+        now = time.monotonic()
+        rate = done / (now - start + 1e-9)
+        text = (f"{label} {done:,}/{total:,} | {rate:.1f} {unit}/s | "
+                f"{(total - done) / rate:.0f} s left")
+        if sys.stdout.isatty():                        # rewritten; in a file, a line every 30 s
+            print("\r\033[K" + (text if done < total else ""), end="", flush=True)
+        elif now - shown > 30:
+            shown = now
             print(text, flush=True)
-
+    return show
 
 def read_blocks(source, pool, indices, label, block=256):
     """Yields (slice, images, depths) block by block; what is wrong goes to the source's faults."""
-    progress = Progress(label, len(indices))
+    show = progress(label, len(indices))
     for start in range(0, len(indices), block):
         numbers = indices[start:start + block]
         image, depth = source.frames(pool, numbers)
@@ -275,15 +248,13 @@ def read_blocks(source, pool, indices, label, block=256):
         source.faults += [f"{source.name(pool, i)}: depth is nan, negative, above 100 m or missing "
                           "everywhere" for i, good in zip(numbers, fine) if not good]
         yield slice(start, start + len(numbers)), image, depth
-        progress(start + len(numbers))
-
+        show(start + len(numbers))
 
 def stop_on_faults(source):
-    """Call it when all Frames are loaded: it names all that is broken, to be mended in one go."""
+    """Names all that is broken, to be mended in one go: call it when all Frames are loaded."""
     if source.faults:
         sys.exit(f"error: {len(source.faults)} broken frames, to be mended or taken out. The first "
                  "twenty:\n  " + "\n  ".join(sorted(source.faults)[:20]))
-
 
 class Frames:
     """One split, uint8, fed from "device", "host" or "file"; "auto": the first that has room."""
@@ -298,23 +269,19 @@ class Frames:
             need = len(self) * (3 * math.prod(SIZE) + 4 * math.prod(DEPTH_SIZE))   # bytes
             host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             free = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else host
-            self.feed = "device" if need < 0.5 * free else "host" if need < 0.7 * host else "file"
+            self.feed = "device" if need < free / 2 else "host" if need < 0.7 * host else "file"
         self.where = self.device if self.feed == "device" else torch.device("cpu")
-        if self.feed == "file":
-            if not isinstance(source, Packed):
-                sys.exit(f"error: {len(self):,} {split} frames fed from file must be packed first: "
-                         "python data.py SOURCE nyu.h5, then --data nyu.h5.")
-            return
-        self.image = torch.empty(len(self), *SIZE, 3, dtype=torch.uint8, device=self.where)
-        self.depth = torch.empty(len(self), 1, *DEPTH_SIZE, device=self.where)
-        for rows, image, depth in read_blocks(source, self.pool, self.indices, f"load {split}"):
-            self.image[rows], self.depth[rows] = image, depth
+        if self.feed != "file":
+            self.image = torch.empty(len(self), *SIZE, 3, dtype=torch.uint8, device=self.where)
+            self.depth = torch.empty(len(self), 1, *DEPTH_SIZE, device=self.where)
+            for rows, image, depth in read_blocks(source, self.pool, self.indices, f"load {split}"):
+                self.image[rows], self.depth[rows] = image, depth
+        elif not isinstance(source, Packed):
+            sys.exit(f"error: {len(self):,} {split} frames to be fed from file must be packed "
+                     "first: python data.py SOURCE nyu.h5, then --data nyu.h5.")
 
     def __len__(self):
         return len(self.indices)
-
-    def name(self, row):
-        return self.source.name(self.pool, self.indices[row])
 
     def fetch(self, rows):
         """Images uint8 (B, 3, 192, 256), channels last, and depths (B, 1, 48, 64) of these rows."""
@@ -333,22 +300,19 @@ class Frames:
         with ThreadPoolExecutor(1) as ahead:
             coming = [ahead.submit(self.fetch, batch) for batch in rows[:1]]
             for number, batch in enumerate(rows, 1):
-                image, depth = coming.pop().result()
-                coming = [ahead.submit(self.fetch, rest) for rest in rows[number:number + 1]]
-                yield batch, image, depth
-
+                pair = coming.pop().result()
+                coming += [ahead.submit(self.fetch, rest) for rest in rows[number:number + 1]]
+                yield batch, *pair
 
 @functools.cache
 def constant(values, device):
     """A tensor of (nested) tuples, copied to the device once: each copy would make the GPU wait."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
-
 def normalise(image):
     """What METER takes: RGB 0..1 (B, 3, H, W) minus ImageNet's mean, over its deviation."""
     mean, std = (constant(x, image.device).view(3, 1, 1) for x in (MEAN, STD))
     return (image - mean) / std
-
 
 def augment(image, depth, draws):
     """METER's augmentations, each with p = 0.5 for each frame (Papa et al.).
@@ -370,7 +334,6 @@ def augment(image, depth, draws):
     moved = (depth + 0.2 * draws[:, 10] - 0.1).clamp(min=1e-3)
     return image, torch.where(shift & (depth > 0), moved, depth)
 
-
 def depth_metrics(prediction, depth):
     """The usual NYU metrics of each frame: a dict of (B,) tensors, nan where nothing was measured.
 
@@ -382,7 +345,6 @@ def depth_metrics(prediction, depth):
             **{f"delta{i}": (torch.maximum(p / d, d / p) < 1.25 ** i).float() for i in (1, 2, 3)}}
     means = {key: (x * valid).sum((1, 2, 3)) / valid.sum((1, 2, 3)) for key, x in maps.items()}
     return means | {"rmse_m": means["rmse_m"].sqrt()}
-
 
 @contextmanager
 def replacing(path):
@@ -401,37 +363,40 @@ def replacing(path):
         if temporary.exists():
             temporary.unlink()
 
-
 def write(path, save):
     """Replace `path` by what save(file) writes, in one step; makes its folder."""
-    buffer = io.BytesIO()
-    save(buffer)
+    save(buffer := io.BytesIO())
     with replacing(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
-
 
 def line(row):
     """A dict as one line of the log: key value | key value."""
     return " | ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                       for key, value in row.items())
 
-
 def write_json(path, content):
     write(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
 
 def write_csv(path, rows):
     """Rows are dicts with the keys of the first."""
     text = io.StringIO()
-    table = csv.DictWriter(text, rows[0])
-    table.writeheader()
-    table.writerows(rows)
+    csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])     # rows[0]: its keys
     write(path, lambda file: file.write(text.getvalue().encode()))
-
 
 def write_figure(path, figure):
     write(path, lambda file: figure.savefig(file, dpi=110))
 
+def write_pictures(path, lines):
+    """A grid of pictures: lines of (title, picture, unit of its colour bar or "", for imshow)."""
+    shape = len(lines), len(lines[0])
+    figure = Figure(figsize=(2.4 * shape[1], 1.9 * shape[0]), layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for axis, (title, picture, unit, options) in zip(axes.flat, itertools.chain(*lines)):
+        shown = axis.imshow(np.asarray(picture), **options)
+        axis.set_title(title, fontsize=8)
+        if unit:
+            figure.colorbar(shown, ax=axis, label=unit)
+    write_figure(path, figure)
 
 def check_folder(path):
     """Before any work: can `path` be made and written to?"""
@@ -439,7 +404,6 @@ def check_folder(path):
     there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         sys.exit(f"error: --out {path}: {there} is not a folder that can be written to.")
-
 
 def pack(source, path):
     """Write all frames of a source to one .h5, a row per chunk, atomically, in bounded memory."""
@@ -453,7 +417,6 @@ def pack(source, path):
                 images[rows], depths[rows] = image, depth
         stop_on_faults(source)
 
-
 def number(kind, low=-math.inf, high=math.inf):
     """For argparse: a finite int or float from low to high."""
     def parse(text):
@@ -462,7 +425,6 @@ def number(kind, low=-math.inf, high=math.inf):
         return value
     parse.__name__ = kind.__name__                     # argparse says "invalid int value"
     return parse
-
 
 def add_source_arguments(p):
     """The flags that choose the frames, the same in train.py and dissect.py."""
@@ -473,7 +435,6 @@ def add_source_arguments(p):
     p.add_argument("--feed", choices=["auto", "device", "host", "file"], default="auto",
                    help="where frames wait: GPU, memory, .h5; auto: the first that has room")
     p.add_argument("--batch-size", type=number(int, 1), default=16, help="images a step")
-
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="Decode NYU Depth V2 once and pack it into one .h5.")
@@ -487,7 +448,6 @@ def main(argv=None):
     pack(source, args.out)
     print(f"{args.out}: {source.sizes} frames, {args.out.stat().st_size / 1e9:.2f} GB, "
           f"{sum(source.sizes.values()) / (time.monotonic() - start):.0f} images/s")
-
 
 if __name__ == "__main__":
     main()

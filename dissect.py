@@ -1,9 +1,7 @@
 """Dissect trained networks: which unit answers to which depth, how selectively, does it matter?
 
-    python dissect.py                                       # the newest runs/*/best.pt, all layers
     python dissect.py runs/baseline/best.pt runs/selective/best.pt --viz     # side by side, figures
-    python dissect.py runs/selective/best.pt --layers dec_3 --ablate --correct
-    python dissect.py runs/selective/best.pt --images my_photos
+    python dissect.py --layers dec_3 --ablate --correct --images my_photos   # the newest run
 
 Writes units.csv, dissect.json and what the flags ask for to --out. Two measures, kept apart:
 `selectivity` is the paper's dissection (a unit's strongest bin, |mean of signed activation|),
@@ -18,6 +16,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
@@ -26,7 +25,6 @@ import model as meter
 
 COLUMNS = ("selectivity", "peak_bin", "peak_m", "assigned_bin", "assigned_selectivity")  # units.csv
 RANDOM_ORDERS = 5                                      # of ablation, to see the spread
-
 
 @torch.no_grad()
 def measure(model, frames, layers, notebook=False, batch_size=16):
@@ -61,66 +59,61 @@ def measure(model, frames, layers, notebook=False, batch_size=16):
                        "assigned_selectivity": meter.unit_selectivity(absolute, count)}
     return {key: torch.cat([row[key] for row in rows]).nanmean().item() for key in rows[0]}, units
 
-
 @torch.no_grad()
-def rmse_with(model, batches, layer, change):
-    """Mean RMSE of the images, metres, when the network goes on with change(activation, depth).
+def rmse_with(model, frames, layer, change, batch_size=16):
+    """Mean RMSE of the frames, metres, when the network goes on with change(activation, depth).
 
-    batches: list of (normalised image, depth); change gets the layer's activation (B, C, h, w).
+    change gets the layer's activation (B, C, h, w) and the true depth (B, 1, 48, 64).
     """
-    module, errors = model.get_submodule(meter.LAYERS[layer]), []
-    for image, depth in batches:
-        def answer(module, inputs, activation, depth=depth):
-            return change(activation, depth)
-
-        with module.register_forward_hook(answer):
-            errors.append(data.depth_metrics(model(image), depth)["rmse_m"])
+    errors = []
+    for _, image, depth in frames.batches(batch_size):
+        hook = model.get_submodule(meter.LAYERS[layer]).register_forward_hook(
+            lambda module, inputs, activation, depth=depth: change(activation, depth))
+        with hook:                                     # removes it at its end
+            errors.append(data.depth_metrics(model(data.normalise(image / 255)), depth)["rmse_m"])
     return torch.cat(errors).nanmean().item()
-
 
 def switch_off(units, value):
     """Ablation: a change that sets `units` (indices) to their value; value (C,)."""
-    off = torch.zeros_like(value, dtype=torch.bool)
-    off[units] = True
+    off = torch.zeros_like(value, dtype=torch.bool).index_fill(0, units.to(value.device), True)
     return lambda x, depth: torch.where(off[:, None, None], value[:, None, None], x)
-
 
 def give_mean(unit, response, edges):
     """Correction (You et al.): a change that makes a unit answer as on average at that depth.
 
-    response (K,) signed, of depth bins with edges (K+1,). Where depth is missing, nothing changes.
+    response (K,) signed, of depth bins with edges (K+1,); a cell of several pixels gets their mean.
+    Where depth is missing, nothing changes.
     """
+    table = F.pad(torch.stack([response, torch.ones_like(response)]), (1, 1))  # missing, beyond: 0
+
     def change(x, depth):
-        weights = meter.bin_weights(depth, edges, x.shape[-2:])            # (B, K, h, w)
-        total = weights.sum(1)                                             # (B, h, w)
-        wanted = torch.einsum("k,bkhw->bhw", response, weights) / total.clamp(min=1e-6)
+        bins = torch.bucketize(depth[:, 0], edges)                         # (B, H, W)
+        wanted, weight = F.adaptive_avg_pool2d(table[:, bins], x.shape[-2:])   # (B, h, w) each
         x = x.clone()
-        x[:, unit] = wanted.where(total > 0, x[:, unit])
+        x[:, unit] = (wanted / weight).where(weight > 0, x[:, unit])
         return x
 
     return change
 
-
-def ablate(model, batches, layer, r, replacement):
+def ablate(model, frames, layer, r, replacement, batch_size=16):
     """RMSE as more and more units of a layer are off: rows of ablation.csv, in several orders.
 
     r: units[layer] of `measure`; a unit that is off answers "zero", or its "mean" over all pixels.
     """
     value = (r["signed"] * r["count"]).sum(1) / r["count"].sum() * (replacement == "mean")
-    value, total = value.float().to(batches[0][0].device), len(value)
-    orders = {"most selective first": r["selectivity"].argsort(descending=True),
-              "least selective first": r["selectivity"].argsort()}
+    ranked = r["selectivity"].argsort(descending=True)
+    orders = {"most selective first": ranked, "least selective first": ranked.flip(0)}
     for n in range(RANDOM_ORDERS):
-        orders[f"random {n}"] = torch.randperm(total, generator=torch.Generator().manual_seed(n))
-    counts, rows = sorted({round(total * n / 8) for n in range(9)}), []
-    progress = data.Progress(f"ablate {layer}", len(orders) * len(counts), "passes")
-    for (order, ranked), n in itertools.product(orders.items(), counts):
-        error = rmse_with(model, batches, layer, switch_off(ranked[:n], value))
+        shuffled = torch.randperm(len(value), generator=torch.Generator().manual_seed(n))
+        orders[f"random {n}"] = shuffled
+    counts, rows = sorted({round(len(value) * n / 8) for n in range(9)}), []
+    show = data.progress(f"ablate {layer}", len(orders) * len(counts), "passes")
+    for (order, units), n in itertools.product(orders.items(), counts):
+        change = switch_off(units[:n], value.float().to(frames.device))
         rows.append({"layer": layer, "replaced_by": replacement, "order": order, "units_off": n,
-                     "rmse_m": error})
-        progress(len(rows))
+                     "rmse_m": rmse_with(model, frames, layer, change, batch_size)})
+        show(len(rows))
     return rows
-
 
 def draw_layer(title, r, path):
     """Two figures of a layer: a bar chart over depth for each unit, and all units in one map."""
@@ -143,17 +136,15 @@ def draw_layer(title, r, path):
     figure.supxlabel("depth in metres", fontsize=10)
     data.write_figure(path.with_name(f"{path.name}_units.png"), figure)
 
-    scaled = response / np.maximum(response.max(1, keepdims=True), 1e-12)
     figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axis = figure.subplots()
-    scaled = scaled[r["peak_bin"].argsort(stable=True).numpy()]
-    shown = axis.pcolormesh(edges, np.arange(len(response) + 1), scaled, cmap="magma", vmin=0)
+    axis, order = figure.subplots(), r["peak_bin"].argsort(stable=True).numpy()
+    scaled = (response / np.maximum(response.max(1, keepdims=True), 1e-12))[order]
+    shown = axis.pcolormesh(edges, np.arange(len(order) + 1), scaled, cmap="magma", vmin=0)
     figure.colorbar(shown, label="|mean activation| / the unit's strongest")
-    axis.set(title=f"{title}: which depth do its {len(response)} units see?",
+    axis.set(title=f"{title}: which depth do its {len(order)} units see?",
              xlabel="depth in metres", ylabel="units, sorted by the depth of their peak")
     axis.invert_yaxis()
     data.write_figure(path.with_name(f"{path.name}_map.png"), figure)
-
 
 def draw_overview(results, path):
     """Mean selectivity of each layer, both measures, checkpoints side by side."""
@@ -171,85 +162,67 @@ def draw_overview(results, path):
     figure.axes[0].legend()
     data.write_figure(path, figure)
 
+def draw_ablation(rows, path):
+    """RMSE against the number of units off: a panel for each checkpoint and layer."""
+    panels = {}
+    for row in rows:  # panel -> order, all random ones as one -> units off -> RMSEs
+        orders = panels.setdefault(f"{row['checkpoint']}, {row['layer']}", {})
+        order = orders.setdefault(row["order"].rstrip(" 0123456789"), {})
+        order.setdefault(row["units_off"], []).append(row["rmse_m"])
+    figure = Figure(figsize=(4.2 * len(panels), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (title, orders) in zip(axes, panels.items()):
+        for (order, points), colour in zip(orders.items(), ("tab:red", "tab:blue", "gray")):
+            errors = np.array(list(points.values()))                       # (counts, orders)
+            axis.plot(list(points), errors.mean(1), ".-", color=colour, label=order)
+            axis.fill_between(list(points), errors.min(1), errors.max(1), color=colour, alpha=0.2)
+        axis.set(title=title, xlabel=f"units off (set to {rows[0]['replaced_by']})")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("RMSE, metres")
+    axes[0].legend(fontsize=8)
+    data.write_figure(path, figure)
 
 def preferred(r):
     """The bins to which a unit answers at least half as strongly as to its strongest: (C, K)."""
-    strength = r["signed"].abs()
-    return strength > strength.amax(1, keepdim=True) / 2
-
+    return r["signed"].abs() > r["signed"].abs().amax(1, keepdim=True) / 2
 
 def choose_units(units):
     """The most selective unit that peaks near, one in the middle, one far: [(layer, unit), ...].
 
-    Out of maps of 24 rows or more, if there are any, and of units that prefer 3 to 50 % of the
-    pixels, if there are any: the others show little.
+    First choice: units that prefer 3 to 50 % of the pixels, in maps of 24 rows or more.
     """
     coarse = {"enc_7", "enc_8", "enc_9", "enc_10", "enc_output", "dec_0", "dec_1"}
-    found = []
-    for layer in [layer for layer in units if layer not in coarse] or units:
-        r = units[layer]
+    bands = {2: [], 4: [], 10: []}                     # by the depth of the peak, up to so many m
+    for layer, r in units.items():
         share = (preferred(r) * r["count"]).sum(1) / r["count"].sum()      # (C,)
-        found += [(bool(0.03 < share[k] < 0.5), r["selectivity"][k].item(), r["peak_m"][k].item(),
-                   layer, k) for k in range(len(share))]
-    found = [row for row in found if row[0]] or found
-    bands = [[row for row in found if near < row[2] <= far]
-             for near, far in ((0, 2), (2, 4), (4, 10))]
-    return [max(band)[3:] for band in bands if band]
-
+        for unit, peak in enumerate(r["peak_m"]):
+            bands[next(far for far in bands if peak <= far)].append((
+                layer not in coarse, 0.03 < share[unit] < 0.5, r["selectivity"][unit], layer, unit))
+    return [max(band)[3:] for band in bands.values() if band]
 
 def draw_activations(model, image, depth, units, path):
-    """Units of choose_units: their activation beside the pixels of the depth range they prefer.
+    """Units of choose_units: their activation beside the pixels of the depth bins they prefer.
 
-    The range: all depth bins to which a unit answers at least half as strongly as to its strongest.
     image (n, 3, 192, 256) uint8; depth (n, 1, 48, 64) metres, or None for the network's prediction.
     """
     chosen = choose_units(units)
     with torch.no_grad(), meter.record(model, {layer for layer, _ in chosen}) as features:
-        prediction = model(data.normalise(image / 255)).cpu()
-    shown = prediction if depth is None else depth.cpu()
-    figure = Figure(figsize=(3.9 * len(image), 1.55 * len(chosen) + 1.9), layout="constrained")
-    axes = figure.subplots(len(chosen) + 1, 2 * len(image), subplot_kw={"xticks": [], "yticks": []})
-    for n, (left, right) in enumerate(zip(axes[0, ::2], axes[0, 1::2])):
-        left.imshow(image[n].permute(1, 2, 0).cpu().numpy())
-        left.set_title("image", fontsize=9)
-        right.set_title("predicted depth" if depth is None else "true depth", fontsize=9)
-        picture = right.imshow(shown[n, 0].numpy(), vmin=0, vmax=shown.max().item())
-    figure.colorbar(picture, ax=right, label="metres")
-    for line, (layer, unit) in zip(axes[1:], chosen):
-        r, activation = units[layer], features[layer][:, unit].abs().cpu()  # (n, h, w)
-        wanted = torch.nn.functional.pad(preferred(r)[unit].float(), (1, 1))  # missing, beyond: 0
-        title = f"{layer} unit {unit}\nselectivity {r['selectivity'][unit]:.2f}"
-        line[0].set_ylabel(title, fontsize=8)
-        for n, (left, right) in enumerate(zip(line[::2], line[1::2])):
-            left.imshow(activation[n].numpy(), cmap="magma", vmin=0, vmax=activation.max().item())
-            left.set_title("|activation|", fontsize=9)
-            inside = wanted[torch.bucketize(shown[n, 0], r["edges"])]
-            right.imshow(inside.numpy(), cmap="gray", vmin=0, vmax=1)
-            right.set_title(f"its depths, around {r['peak_m'][unit]:.1f} m", fontsize=9)
-    data.write_figure(path, figure)
-
-
-def draw_ablation(rows, path):
-    """RMSE against the number of units off: a column for each layer, a row for each checkpoint."""
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    labels = list(dict.fromkeys(row["checkpoint"] for row in rows))
-    figure = Figure(figsize=(4.2 * len(layers), 3.2 * len(labels) + 0.3), layout="constrained")
-    axes = figure.subplots(len(labels), len(layers), squeeze=False, sharey="row")
-    for axis, (label, layer) in zip(axes.flat, itertools.product(labels, layers)):
-        own = [row for row in rows if (row["checkpoint"], row["layer"]) == (label, layer)]
-        counts = sorted({row["units_off"] for row in own})
-        for order, colour in (("most", "tab:red"), ("least", "tab:blue"), ("random", "gray")):
-            curves = np.array([[row["rmse_m"] for row in own if row["units_off"] == n and
-                                row["order"].startswith(order)] for n in counts])      # (n, orders)
-            name = "random, mean and range" if order == "random" else f"{order} selective first"
-            axis.plot(counts, curves.mean(1), ".-", color=colour, label=name)
-            axis.fill_between(counts, curves.min(1), curves.max(1), color=colour, alpha=0.2, lw=0)
-        axis.set(title=f"{label}, {layer}", xlabel=f"units off (set to {own[0]['replaced_by']})",
-                 ylabel="RMSE, metres")
-        axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
-    data.write_figure(path, figure)
-
+        prediction = model(data.normalise(image / 255))
+    kind, shown = ("predicted", prediction) if depth is None else ("true", depth)
+    shown = shown[:, 0].cpu()                                              # (n, 48, 64)
+    far = {"vmin": 0, "vmax": shown.max().item()}
+    lines = [[cell for photo, map_ in zip(image.permute(0, 2, 3, 1).cpu(), shown)
+              for cell in (("image", photo, "", {}), (f"{kind} depth", map_, "metres", far))]]
+    for layer, unit in chosen:
+        r, activation = units[layer], features[layer][:, unit].abs().cpu() # (n, h, w)
+        wanted = F.pad(preferred(r)[unit].float(), (1, 1))                 # missing, beyond: 0
+        inside = wanted[torch.bucketize(shown, r["edges"])]                # (n, 48, 64)
+        left = f"{layer} unit {unit}, selectivity {r['selectivity'][unit]:.2f}"
+        right = f"its depths, around {r['peak_m'][unit]:.1f} m"
+        magma = {"cmap": "magma", "vmin": 0, "vmax": activation.max().item()}
+        lines.append([cell for a, b in zip(activation, inside) for cell in (
+            (left, a, "", magma), (right, b, "", {"cmap": "gray", "vmin": 0, "vmax": 1}))])
+    data.write_pictures(path, lines)
 
 def read_photo(path):
     """Any photo as METER takes it, uint8 (3, 192, 256): cut to 4:3 in the middle, then resized."""
@@ -259,7 +232,6 @@ def read_photo(path):
     except Exception as error:  # noqa: BLE001  a damaged file may raise almost anything
         sys.exit(f"error: --images {path.resolve()} cannot be read: {error}.")
     return torch.from_numpy(np.array(photo)).permute(2, 0, 1)
-
 
 def print_table(results):
     """Layer by layer, both measures, checkpoints side by side, with differences from the first."""
@@ -274,9 +246,7 @@ def print_table(results):
                 line += f"{own[key]:8.3f}{change:9}"
         print(line)
     for label, result in results.items():
-        print(f"{label} | " + " | ".join(f"{key} {value:.3f}" for key, value in result.items()
-                                         if isinstance(value, float)))
-
+        print(f"{label} | {data.line({k: x for k, x in result.items() if isinstance(x, float)})}")
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
@@ -296,16 +266,16 @@ def parse_args(argv=None):
                    help="switch units off in order of selectivity: to zero, or to the unit's mean")
     p.add_argument("--correct", action="store_true", help="correct units one by one by true depth")
     p.add_argument("--images", nargs="+", type=Path, default=[], metavar="PATH",
-                   help="your photos, or folders of them: cut to 4:3, resized to 256x192; the "
-                   "depth's scale assumes a Kinect-like camera (63 degrees wide)")
+                   help="photos or folders of them: cut to 4:3, resized to 256x192; scale as of a "
+                   "Kinect's camera (63 degrees wide)")
     p.add_argument("--out", type=Path, default=Path("runs/dissect"), help="folder for the results")
-    return p.parse_args(argv)
-
+    args = p.parse_args(argv)
+    if len(set(args.layers)) < len(args.layers):
+        p.error(f"--layers names a layer twice: {' '.join(args.layers)}")
+    return args
 
 def main(argv=None):
     args = parse_args(argv)
-    if len(set(args.layers)) < len(args.layers):
-        sys.exit(f"error: --layers names a layer twice: {' '.join(args.layers)}.")
     newest = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)[-1:]
     if not args.checkpoints and not newest:
         sys.exit("error: no runs/*/best.pt: run `python train.py` first, or name a checkpoint.")
@@ -317,9 +287,9 @@ def main(argv=None):
         label = path.parent.name if path.stem in ("best", "last") else path.stem
         label = str(path).replace("/", "_") if label in loaded else label
         loaded[label] = path, *meter.load_checkpoint(path)
-    config = next(iter(loaded.values()))[2].get("config", {})              # what ours saw
-    trained_on = Path(config["data"]) if config.get("data") else None
-    source = data.open_source(args.data or trained_on, args.raw_depth, args.rooms, device)
+    trained_on = next(iter(loaded.values()))[2].get("config", {}).get("data")    # what ours saw
+    source = data.open_source(args.data or (Path(trained_on) if trained_on else None),
+                              args.raw_depth, args.rooms, device)
     frames = data.Frames(source, args.split, device, args.feed, limit=args.limit)
     data.stop_on_faults(source)
 
@@ -327,31 +297,29 @@ def main(argv=None):
     for label, (path, model, _) in loaded.items():
         model.to(device, memory_format=torch.channels_last).eval()
         metrics, units = measure(model, frames, args.layers, args.notebook, args.batch_size)
-        means, again = {}, args.ablate or args.correct
-        batches = [(data.normalise(image / 255), depth) for _, image, depth in
-                   frames.batches(args.batch_size)] if again else []
+        layers = {}
         for layer, r in units.items():
-            means[layer] = {"selectivity": r["selectivity"].mean().item(),
-                            "assigned_selectivity": r["assigned_selectivity"].mean().item(),
-                            "units": len(r["signed"]), "bins": len(r["count"]),
-                            "bins_used": int((r["count"] > 0).sum())}
+            layers[layer] = {"selectivity": r["selectivity"].mean().item(),
+                             "assigned_selectivity": r["assigned_selectivity"].mean().item(),
+                             "units": len(r["signed"]), "bins": len(r["count"]),
+                             "bins_used": int((r["count"] > 0).sum())}
+            rows += [{"checkpoint": str(path), "layer": layer, "unit": unit,
+                      **{key: r[key][unit].item() for key in COLUMNS}}
+                     for unit in range(len(r["signed"]))]
             if args.viz:
                 draw_layer(f"{label}, {layer}", r, args.out / f"{label}_{layer}")
             if args.ablate:
-                ablation += [{"checkpoint": label, **row}
-                             for row in ablate(model, batches, layer, r, args.ablate)]
-            for k in range(len(r["signed"])):
-                columns = {key: r[key][k].item() for key in COLUMNS}
-                rows.append({"checkpoint": str(path), "layer": layer, "unit": k, **columns})
-                if args.correct:
-                    change = give_mean(k, r["signed"][k].float().to(device), r["edges"].to(device))
-                    error = rmse_with(model, batches, layer, change)
-                    correction.append({"checkpoint": label, "layer": layer, "unit": k,
-                                       "rmse_m": error, "change_m": error - metrics["rmse_m"]})
+                ablation += [{"checkpoint": label, **row} for row in
+                             ablate(model, frames, layer, r, args.ablate, args.batch_size)]
+            for k, response in enumerate(r["signed"].float().to(device) if args.correct else ()):
+                change = give_mean(k, response, r["edges"].to(device))
+                error = rmse_with(model, frames, layer, change, args.batch_size)
+                correction.append({"checkpoint": label, "layer": layer, "unit": k, "rmse_m": error,
+                                   "change_m": error - metrics["rmse_m"]})
         results[label] = {
             "checkpoint": str(path), "binning": "notebook" if args.notebook else "metres",
-            "split": args.split, "images": len(frames), **metrics, "layers": means,
-            "mean_selectivity": np.mean([x["selectivity"] for x in means.values()]).item()}
+            "split": args.split, "images": len(frames), **metrics, "layers": layers,
+            "mean_selectivity": np.mean([x["selectivity"] for x in layers.values()]).item()}
         if args.viz:
             depth = torch.cat([depth for _, _, depth in frames.batches(64)]).flatten(1)
             near, far = ((depth > 0) & (depth < 1.5)).sum(1), (depth > 4).sum(1)
@@ -359,24 +327,24 @@ def main(argv=None):
             image, depth = frames.fetch(best)
             draw_activations(model, image, depth, units, args.out / f"{label}_activations.png")
         for n in range(0, len(photos), 3):
+            image = torch.stack(photos[n:n + 3]).to(device)
             target = args.out / f"{label}_photos_{n // 3 + 1}.png"
-            draw_activations(model, torch.stack(photos[n:n + 3]).to(device), None, units, target)
-            print(f"{target}: photos cut to 4:3, resized to 256x192; scale as of a Kinect's camera")
+            draw_activations(model, image, None, units, target)
     print_table(results)
     data.write_csv(args.out / "units.csv", rows)
     every = list(results.values())
     data.write_json(args.out / "dissect.json", every if len(every) > 1 else every[0])
     if args.viz:
         draw_overview(results, args.out / "overview.png")
-    if ablation:
+    if args.ablate:
         data.write_csv(args.out / "ablation.csv", ablation)
         draw_ablation(ablation, args.out / "ablation.png")
-    if correction:
+    if args.correct:
         data.write_csv(args.out / "correction.csv", correction)
         best = sorted(correction, key=lambda row: row["change_m"])[:10]
         print("\nthe units whose correction lowers RMSE most:", *map(data.line, best), sep="\n")
-    print(f"written to {args.out.resolve()}")
-
+    print(f"written to {args.out.resolve()}" + "; photos were cut to 4:3 and resized to 256x192, "
+          "the scale is that of a Kinect's camera" * bool(photos))
 
 if __name__ == "__main__":
     main()

@@ -32,20 +32,16 @@ LAYERS = {  # name -> module path, in the order of the forward pass
     "dec_0": "decoder.conv2d_in", "dec_1": "decoder.ups_block_1",
     "dec_2": "decoder.ups_block_2", "dec_3": "decoder.ups_block_3"}
 
-
 def conv(inputs, outputs, size=1, stride=1, groups=1):
     return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
-
 
 def conv3x3(inputs, outputs, stride=1):
     """METER's release calls this separable, but its weights are a dense 3x3: kept dense."""
     return nn.Sequential(OrderedDict(depthwise=conv(inputs, outputs, 3, stride),
                                      pointwise=conv(outputs, outputs)))
 
-
 def bn_relu(convolution, width):
     return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-
 
 class MobileNetV2Block(nn.Module):
     """Widen, 3x3 depthwise, narrow. No ReLU at the end, so its units answer with either sign."""
@@ -59,7 +55,6 @@ class MobileNetV2Block(nn.Module):
 
     def forward(self, x):
         return x + self.conv(x) if self.residual else self.conv(x)
-
 
 class TransformerLayer(nn.ModuleList):
     """Self-attention with 4 heads of width 8, then a perceptron, each after a norm, added to x."""
@@ -78,7 +73,6 @@ class TransformerLayer(nn.ModuleList):
         mixed = F.scaled_dot_product_attention(query, key, value)          # scale 8 ** -0.5
         x = x + attention.fn.to_out(mixed.transpose(1, 2).flatten(-2))     # (B, N, width)
         return x + mlp.fn.net(mlp.norm(x))
-
 
 class METERBlock(nn.Module):
     """MobileViT block: convolutions see the neighbourhood, a transformer layer the whole image."""
@@ -101,7 +95,6 @@ class METERBlock(nn.Module):
         y = self.conv3(y.reshape(b, c, h, w))                              # (B, C, h, w)
         return self.conv4(torch.cat([y, x], dim=1))
 
-
 class UpBlock(nn.Module):
     """Doubles height and width, then merges the encoder's map of that size."""
     def __init__(self, inputs, outputs, skip):
@@ -111,7 +104,6 @@ class UpBlock(nn.Module):
 
     def forward(self, x, skip):
         return self.end_up_layer(torch.cat([self.conv2d_transpose(x), skip], dim=1))
-
 
 class METER(nn.Module):
     """METER of size "xxs", "xs" or "s", with the module names of its released weights.
@@ -158,7 +150,6 @@ class METER(nn.Module):
         with torch.autocast(image.device.type, enabled=False):             # bf16: 5 m is +-1.6 cm
             return d.conv2d_out(x.float()) / self.units_per_metre          # (B, 1, H/4, W/4) metres
 
-
 def load_checkpoint(path):
     """Read our best.pt or last.pt, the notebook's best_meter_model.pth, or METER's raw state dict.
 
@@ -169,8 +160,7 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         weights = content.get("model", content.get("model_state_dict", content))
         units = GREY_LEVELS if "model_state_dict" in content else CENTIMETRES
-        units = float(content.get("units_per_metre", units))
-        if not units > 0:
+        if not (units := float(content.get("units_per_metre", units))) > 0:
             raise ValueError(f"units_per_metre {units}")
         model = METER(variants[len(weights["encoder.conv2.0.weight"])], units)
         model.load_state_dict(weights)
@@ -180,7 +170,6 @@ def load_checkpoint(path):
         reason = " ".join(str(error).split(". ")[0].split())[:300]         # torch's advice cut off
         sys.exit(f"error: {path} is no METER ({type(error).__name__}: {reason}): give a best.pt.")
     return model, content
-
 
 @contextmanager
 def record(model, names):
@@ -198,7 +187,6 @@ def record(model, names):
                 lambda module, inputs, output, name=name: features.update({name: output})))
         yield features
 
-
 # Depth selectivity. A unit's response to a depth bin: its mean activation over that bin's pixels.
 def sid_thresholds(bins, near=0.75, far=10.0):
     """Spacing-increasing discretisation of depth (You et al.): (bins + 1,) metres.
@@ -211,29 +199,29 @@ def sid_thresholds(bins, near=0.75, far=10.0):
     thresholds[-1] = far                                                 # exact: 10 m is no outlier
     return F.pad(thresholds, (1, 0)).float()
 
-
 def bin_weights(depth, thresholds, size):
-    """Weight of every cell of an h x w activation map in every depth bin: (B, K, h, w).
+    """Weight of every cell of an activation map, h x w = size, in every depth bin: (B, K, h, w).
 
     depth (B, 1, H, W), thresholds (K+1,) in one unit; depth 0 or beyond the last is in no bin.
-    Interpolation is linear, so a map interpolated to H x W and added up over a bin's pixels equals
-    the map added up under the bin's mask pulled back to h x w: nothing is ever up-sampled.
+    Interpolation is linear: a map interpolated to H x W and added up over a bin's pixels equals the
+    map added up under the bin's mask pulled back to h x w. Finer maps: H x W, see `bin_sums`.
     """
     shape = len(depth), len(thresholds) + 1, *depth.shape[-2:]             # 0 missing, K + 1 beyond
-    member = depth.new_zeros(shape).scatter_(1, torch.bucketize(depth, thresholds), 1)
-    member = member[:, 1:-1]                                               # (B, K, H, W)
+    member = depth.new_zeros(shape).scatter_(1, torch.bucketize(depth, thresholds), 1)[:, 1:-1]
+    size = tuple(map(min, size, depth.shape[-2:]))
     if size == depth.shape[-2:]:
         return member
     rows, columns = (
         F.interpolate(torch.eye(cells, device=depth.device)[None], pixels, mode="linear")[0]
         for cells, pixels in zip(size, depth.shape[-2:]))                  # (h, H), (w, W)
-    return rows @ member @ columns.mT                                      # (B, K, h, w)
-
+    return rows @ member @ columns.mT
 
 def bin_sums(features, weights):
-    """Activations (B, C, h, w) added up under bin weights (B, K, h, w): (C, K)."""
-    return (features.float().flatten(2) @ weights.flatten(2).mT).sum(0)
-
+    """Activations (B, C, h, w) added up under their bin_weights: (C, K)."""
+    features = features.float()
+    if features.shape[-2:] != weights.shape[-2:]:                          # finer than the depth
+        features = F.interpolate(features, weights.shape[-2:], mode="bilinear")
+    return (features.flatten(2) @ weights.flatten(2).mT).sum(0)
 
 @functools.cache
 def layer_thresholds(units, notebook=False, device="cpu"):
@@ -241,12 +229,10 @@ def layer_thresholds(units, notebook=False, device="cpu"):
     far, metres = (100.0, 10 / 255) if notebook else (10.0, 1)
     return (sid_thresholds(min(units, MAX_BINS), far=far) * metres).to(device)
 
-
 def notebook_depth(depth):
     """Depth as the notebook bins it: whatever is beyond its last threshold is in the first bin."""
     first, last = layer_thresholds(MAX_BINS, notebook=True)[[1, -1]].tolist()
     return depth.where(depth <= last, first)
-
 
 def selectivity(response, chosen):
     """(R_chosen - mean of the other R) / (their sum) of each unit (You et al.), -1 .. 1: (C,).
@@ -257,17 +243,14 @@ def selectivity(response, chosen):
     others = (response.sum(1) - picked) / (response.shape[1] - 1)
     return (picked - others) / (picked + others + 1e-15)
 
-
 def assigned_bins(units, bins, device="cpu"):
     """The bin that training gives to each unit, in order: (units,), values 0 .. bins - 1."""
     return torch.arange(units, device=device) * bins // units
-
 
 def unit_selectivity(response, count):
     """Selectivity of each unit for its assigned bin: (C,); 0 where that bin holds no pixel."""
     chosen = assigned_bins(*response.shape, response.device)
     return selectivity(response, chosen).where(count[chosen] > 0, 0)
-
 
 def assigned_selectivity(features, depth, thresholds):
     """The regulariser's term for one layer (You et al.): scalar, -1 .. 1, high is selective.

@@ -1,8 +1,7 @@
 """Train METER on NYU Depth V2 or synthetic rooms, with or without the selectivity regulariser.
 
     python train.py                                          # synthetic rooms, no download
-    python train.py --neuron-selective --alpha -0.1          # the same, each unit pulled to a depth
-    python train.py --data nyu.h5 --batch-size 64            # NYU, packed by data.py
+    python train.py --data nyu.h5 --neuron-selective --alpha -0.1    # NYU; units pulled to a depth
 
 Writes config.json, log.csv, last.pt, best.pt, curves.png, predictions.png and, at the end,
 metrics.json (best.pt on the test split) to runs/baseline or runs/selective.
@@ -30,7 +29,6 @@ import model as meter
 
 NOTEBOOK = {"epochs": 20, "batch_size": 64, "lr": 1e-4, "schedule": "constant", "amp": "off",
             "augment": False}
-
 
 def loss_terms(prediction, depth, units_per_metre=meter.CENTIMETRES):
     """The four terms of METER's balanced loss as released, a dict of scalars.
@@ -65,11 +63,9 @@ def loss_terms(prediction, depth, units_per_metre=meter.CENTIMETRES):
             "loss_normal": 100 * mean((1 - cosine).abs(), 3, padding=1),
             "loss_grad": mean((slope_p - slope_d).abs().sum(1, keepdim=True), 3, padding=1) / 0.5}
 
-
 def balanced_loss(prediction, depth, units_per_metre=meter.CENTIMETRES):
     """METER's loss (Papa et al., as released): scalar; arguments as in loss_terms."""
     return sum(loss_terms(prediction, depth, units_per_metre).values())
-
 
 def objective(prediction, depth, features, alpha, notebook=False):
     """What training minimises: a dict of scalars, `loss` first, then its terms.
@@ -84,13 +80,11 @@ def objective(prediction, depth, features, alpha, notebook=False):
     pull = alpha * sum(scores.values())
     return {"loss": balanced + (pull if notebook else balanced.detach() * pull), **terms, **scores}
 
-
 def learning_rate(epoch, epochs, peak, schedule):
     """epoch counts in fractions. cosine: 5 % warm-up, then down to 0. step: METER's. constant."""
     done = epoch / epochs
     cosine = min((done + 1e-3) / 0.05, 0.5 + 0.5 * math.cos(math.pi * max(done - 0.05, 0) / 0.95))
     return peak * {"cosine": cosine, "step": 0.1 ** (epoch // 20), "constant": 1}[schedule]
-
 
 def evaluate(model, frames, batch_size, layers=(), alpha=0.0, notebook=False):
     """Means over a split: the usual metrics per image, the objective per batch as `val_loss`."""
@@ -105,7 +99,6 @@ def evaluate(model, frames, batch_size, layers=(), alpha=0.0, notebook=False):
             rows[-1]["rmse_grey"] = F.mse_loss(prediction, depth)[None].sqrt() * meter.GREY_LEVELS
     return {key: torch.cat([row[key] for row in rows]).nanmean().item() for key in rows[0]}
 
-
 def draw_curves(rows, path):
     """Loss, RMSE and the selectivity of the regularised layers over the epochs."""
     panels = {"loss (lower is better)": ["loss", "val_loss"], "RMSE on val, metres": ["rmse_m"],
@@ -114,12 +107,11 @@ def draw_curves(rows, path):
     figure = Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
     for axis, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
         values = [[row[key] for key in keys] for row in rows]                 # a curve a column
-        axis.plot([row["epoch"] for row in rows], values, ".-")
+        axis.plot([row["epoch"] for row in rows], values, ".-", label=keys)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
-        axis.legend(keys)
+        axis.legend()
     data.write_figure(path, figure)
-
 
 def draw_predictions(model, splits, path):
     """Two training and two validation frames: image, true depth, predicted depth, error."""
@@ -128,23 +120,15 @@ def draw_predictions(model, splits, path):
     image, depth = map(torch.cat, zip(*pairs))                 # (4, 3, 192, 256), (4, 1, 48, 64)
     with torch.no_grad():
         prediction = model(data.normalise(image / 255))
-    panels = [x.where(depth > 0, math.nan)[:, 0].cpu().numpy()
-              for x in (depth, prediction, prediction - depth)]
-    figure = Figure(figsize=(11, 8.2), layout="constrained")
-    axes = figure.subplots(4, 4, subplot_kw={"xticks": [], "yticks": []})
-    for n, line in enumerate(axes):
-        line[0].imshow(image[n].permute(1, 2, 0).cpu().numpy())
-        line[0].set_ylabel("training" if n < 2 else "validation")
-        far = {"vmin": 0, "vmax": depth[n].max().item()}
-        line[1].imshow(panels[0][n], **far)
-        figure.colorbar(line[2].imshow(panels[1][n], **far), ax=line[2], label="metres")
-        error = line[3].imshow(panels[2][n], vmin=-2, vmax=2, cmap="RdBu")
-        figure.colorbar(error, ax=line[3], label="metres")
-    titles = ("image", "true depth", "predicted depth", "error (red: too near, blue: too far)")
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=10)
-    data.write_figure(path, figure)
-
+    maps = (x.where(depth > 0, math.nan)[:, 0].cpu()
+            for x in (depth, prediction, prediction - depth))
+    names, photos = 2 * ["training"] + 2 * ["validation"], image.permute(0, 2, 3, 1).cpu()
+    spans = [{"vmin": 0, "vmax": x.max().item()} for x in depth]
+    data.write_pictures(path, [
+        [(f"{name} image", photo, "", {}), ("true depth", true, "", span),
+         ("predicted depth", guess, "metres", span),
+         ("error (red: too near)", error, "metres", {"vmin": -2, "vmax": 2, "cmap": "RdBu"})]
+        for name, photo, true, guess, error, span in zip(names, photos, *maps, spans)])
 
 @contextlib.contextmanager
 def stop_requests():
@@ -159,7 +143,6 @@ def stop_requests():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
@@ -193,14 +176,13 @@ def parse_args(argv=None):
     if p.parse_args(argv).notebook:
         p.set_defaults(**NOTEBOOK)
     args = p.parse_args(argv)
+    if len(set(args.layers)) < len(args.layers):
+        p.error(f"--layers names a layer twice: {' '.join(args.layers)}")
     args.out = args.out or Path("runs", "selective" if args.neuron_selective else "baseline")
     return args
 
-
 def main(argv=None):
     args = parse_args(argv)
-    if len(set(args.layers)) < len(args.layers):
-        sys.exit(f"error: --layers names a layer twice: {' '.join(args.layers)}.")
     config = {key: str(value) if isinstance(value, Path) else value
               for key, value in vars(args).items() if key not in ("out", "resume", "feed")}
     last, best, state = args.out / "last.pt", args.out / "best.pt", {}
@@ -211,9 +193,8 @@ def main(argv=None):
         old = state["config"]
         if args.schedule != "cosine" and args.epochs > state["epoch"]:
             old["epochs"] = args.epochs                # nothing was laid out for the old number
-        differ = [f"{key} {old.get(key)}, not {config[key]}" for key in config
-                  if old.get(key) != config[key]]
-        if differ:
+        if differ := [f"{key} {old.get(key)}, not {config[key]}" for key in config
+                      if old.get(key) != config[key]]:
             sys.exit(f"error: {last.resolve()} (schedule {old['schedule']}) has other settings: "
                      f"{', '.join(differ)}.")
     elif not args.resume and (args.out / "config.json").exists():
@@ -229,8 +210,8 @@ def main(argv=None):
     half = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     amp = args.amp if args.amp != "auto" else half if gpu else "off"
     device = torch.device("cuda" if gpu else "cpu")
-    autocast = torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16,
-                              enabled=amp != "off")
+    kind = torch.float16 if amp == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, kind, enabled=amp != "off")
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     torch.set_float32_matmul_precision("high")         # TF32 on a GPU, for what stays fp32
     torch.backends.cudnn.deterministic = True          # same seed, same machine, same result
@@ -257,7 +238,6 @@ def main(argv=None):
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-    if first_step:
         history.copy_(state["history"])
     data.write_json(args.out / "config.json", config)
     print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, {'fp32' if amp == 'off' else amp} | "
@@ -265,14 +245,12 @@ def main(argv=None):
           f"{', '.join(f'{len(x):,} {split}' for split, x in splits.items())} images, fed from "
           f"{train.feed} | alpha {args.alpha if layers else 0} | {args.out.resolve()}", flush=True)
 
-    def save(path, **progress):
+    def save(path, epoch, step=0):
         content = {"model": model.state_dict(), "units_per_metre": model.units_per_metre,
-                   "config": config, "rows": rows, "best_score": best_score, **progress}
+                   "config": config, "rows": rows, "best_score": best_score, "epoch": epoch,
+                   "step": step, "history": history, "optimizer": optimizer.state_dict(),
+                   "scaler": scaler.state_dict()}
         data.write(path, lambda file: torch.save(content, file))
-
-    def save_last(epoch, step, history):
-        save(last, epoch=epoch, step=step, history=history, optimizer=optimizer.state_dict(),
-             scaler=scaler.state_dict())
 
     with stop_requests() as stop:
         for epoch in range(first_epoch, args.epochs):
@@ -280,7 +258,7 @@ def main(argv=None):
             draws = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
             order = torch.randperm(len(train), generator=draws).to(train.where)
             chances = torch.rand(len(train), data.AUGMENT_DRAWS, generator=draws).to(train.where)
-            progress, start = data.Progress(f"epoch {epoch + 1}", len(train)), time.monotonic()
+            show, start = data.progress(f"epoch {epoch + 1}", len(train)), time.monotonic()
             batches = train.batches(args.batch_size, order, first_step)
             for step, (frames, image, depth) in enumerate(batches, first_step):
                 image = image / 255                                        # (B, 3, 192, 256)
@@ -296,48 +274,47 @@ def main(argv=None):
                 scaler.step(optimizer)
                 scaler.update()
                 history[step] = torch.stack(list(terms.values())).detach()  # .item() would wait
-                progress(min((step + 1) * args.batch_size, len(train)))
+                show(min((step + 1) * args.batch_size, len(train)))
                 if stop or (not gpu and not terms["loss"].isfinite()):
                     break                              # a GPU would have to wait for this answer
             finite = history[:step + 1].isfinite()                         # (steps, terms)
             if not finite.all():
                 at = finite.all(1).tolist().index(False)
                 bad = [name for name, good in zip(terms, finite[at].tolist()) if not good]
-                blame = [train.name(row) for row in order.split(args.batch_size)[at]
+                blame = [source.name(train.pool, train.indices[row])
+                         for row in order.split(args.batch_size)[at]
                          if not train.fetch(row[None])[1].isfinite().all()]
                 sys.exit(f"error: epoch {epoch + 1}, step {at + 1}: {', '.join(bad[1:] or bad)} is "
                          f"nan or infinite{', as is the depth of ' + blame[0] if blame else ''}: "
                          "try a lower --lr or --amp off. last.pt is unharmed.")
             if stop and step + 1 < steps:
-                save_last(epoch, step + 1, history)
+                save(last, epoch, step + 1)
                 sys.exit(f"stopped in epoch {epoch + 1} after step {step + 1} of {steps}; "
                          "--resume continues there.")
             seconds, images = time.monotonic() - start, len(train) - first_step * args.batch_size
-            row = {"epoch": epoch + 1, **dict(zip(terms, history.mean(0).tolist())),
-                   **evaluate(model, splits["val"], *settings), "lr": rate, "seconds": seconds,
-                   "images_per_second": images / seconds}
-            rows.append(row)
+            rows.append(row := {
+                "epoch": epoch + 1, **dict(zip(terms, history.mean(0).tolist())),
+                **evaluate(model, splits["val"], *settings), "lr": rate, "seconds": seconds,
+                "images_per_second": images / seconds})
             print(data.line(row), flush=True)
             score = row["val_loss" if args.notebook else "rmse_m"]
             if not math.isfinite(score):
                 sys.exit(f"error: epoch {epoch + 1}: validation gives {score}: try a lower --lr.")
             if score < best_score:
                 best_score = score
-                save(best, epoch=epoch + 1)
+                save(best, epoch + 1)
             data.write_csv(args.out / "log.csv", rows)
             draw_curves(rows, args.out / "curves.png")
             draw_predictions(model, (train, splits["val"]), args.out / "predictions.png")
+            save(last, epoch + 1)
             first_step = 0
-            save_last(epoch + 1, 0, None)
             if stop and epoch + 1 < args.epochs:
                 sys.exit(f"stopped after epoch {epoch + 1}; --resume continues there.")
 
-    model = meter.load_checkpoint(best)[0].to(device)
-    test = splits["test"]
+    model, test = meter.load_checkpoint(best)[0].to(device), splits["test"]
     metrics = {"split": "test", "images": len(test), **evaluate(model, test, *settings)}
     data.write_json(args.out / "metrics.json", metrics)
     print(f"best.pt | {data.line(metrics)}\nnext: python dissect.py {best} --viz")
-
 
 if __name__ == "__main__":
     try:

@@ -236,7 +236,7 @@ def test_switching_units_off_equals_zeroing_the_weights_that_read_them(network, 
         whole = torch.cat([network(image) for image, _ in batches(frames)])
     width = features[layer].shape[1]
     change = dissect.switch_off(units, torch.zeros(width))
-    error = dissect.rmse_with(network, batches(frames), layer, change)
+    error = dissect.rmse_with(network, frames, layer, change)
 
     edited = METER("xxs").eval()
     edited.load_state_dict(network.state_dict())
@@ -253,7 +253,7 @@ def test_switching_units_off_equals_zeroing_the_weights_that_read_them(network, 
 def test_ablation_to_the_mean_follows_the_order_of_selectivity(network, frames, monkeypatch):
     monkeypatch.setattr(dissect, "RANDOM_ORDERS", 1)
     _, units = dissect.measure(network, frames, ["dec_3"])
-    rows = dissect.ablate(network, batches(frames), "dec_3", units["dec_3"], "mean")
+    rows = dissect.ablate(network, frames, "dec_3", units["dec_3"], "mean")
     with torch.no_grad(), record(network, ["dec_3"]) as features:
         network(torch.cat([image for image, _ in batches(frames)]))
         activation = features["dec_3"]
@@ -281,12 +281,12 @@ def test_correction_gives_each_cell_the_mean_response_to_its_true_depth(frames, 
         number = slow_bins(depth[b, 0], bins)
         for i in range(0, size[0], max(size[0] // 6, 1)):
             for j in range(size[1]):
-                cell = torch.zeros(1, 1, *size)
-                cell[..., i, j] = 1  # its share of every pixel
-                share = F.interpolate(cell, depth.shape[-2:], mode="bilinear")[0, 0] * (number >= 0)
-                mean = (share * response[number.clamp(min=0)]).sum() / share.sum()
-                wanted = mean if share.sum() else x[b, 1, i, j]
-                assert changed[b, 1, i, j].item() == pytest.approx(wanted.item(), abs=1e-5)
+                top, left = i * 48 // size[0], j * 64 // size[1]
+                own = number[top:max(top + 1, (i + 1) * 48 // size[0]),
+                             left:max(left + 1, (j + 1) * 64 // size[1])]
+                known = [response[k] for k in own.flatten() if k >= 0]
+                wanted = sum(known) / len(known) if known else x[b, 1, i, j]
+                assert changed[b, 1, i, j].item() == pytest.approx(float(wanted), abs=1e-5)
     assert torch.equal(changed[:, [0, 2]], x[:, [0, 2]])
 
 
