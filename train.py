@@ -14,6 +14,7 @@ added to it would pull a thousandth as hard as in their paper. --notebook does a
 # B batch, h w size of the depth map (48x64)
 import argparse
 import contextlib
+import copy
 import math
 import signal
 import sys
@@ -216,6 +217,11 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")         # TF32 on a GPU, for what stays fp32
     torch.backends.cudnn.deterministic = True          # same seed, same machine, same result
     model.to(device, memory_format=torch.channels_last)
+    average = copy.deepcopy(model)                     # over some 100 steps: what is judged, saved
+    if state:
+        model.load_state_dict(state["training"])
+    means, current = ([x for x in network.state_dict().values() if x.is_floating_point()]
+                      for network in (average, model))
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay,
                                   fused=True)
     step_objective = torch.compile(objective, dynamic=False) if args.compile else objective
@@ -246,10 +252,10 @@ def main(argv=None):
           f"{train.feed} | alpha {args.alpha if layers else 0} | {args.out.resolve()}", flush=True)
 
     def save(path, epoch, step=0):
-        content = {"model": model.state_dict(), "units_per_metre": model.units_per_metre,
+        content = {"model": average.state_dict(), "units_per_metre": model.units_per_metre,
                    "config": config, "rows": rows, "best_score": best_score, "epoch": epoch,
-                   "step": step, "history": history, "optimizer": optimizer.state_dict(),
-                   "scaler": scaler.state_dict()}
+                   "step": step, "history": history, "training": model.state_dict(),
+                   "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         data.write(path, lambda file: torch.save(content, file))
 
     with stop_requests() as stop:
@@ -273,6 +279,8 @@ def main(argv=None):
                 optimizer.param_groups[0]["lr"] = rate
                 scaler.step(optimizer)
                 scaler.update()
+                weight = 1 if args.notebook else max(0.01, 9 / (9 + epoch * steps + step))
+                torch._foreach_lerp_(means, current, weight)
                 history[step] = torch.stack(list(terms.values())).detach()  # .item() would wait
                 show(min((step + 1) * args.batch_size, len(train)))
                 if stop or (not gpu and not terms["loss"].isfinite()):
@@ -294,7 +302,7 @@ def main(argv=None):
             seconds, images = time.monotonic() - start, len(train) - first_step * args.batch_size
             rows.append(row := {
                 "epoch": epoch + 1, **dict(zip(terms, history.mean(0).tolist())),
-                **evaluate(model, splits["val"], *settings), "lr": rate, "seconds": seconds,
+                **evaluate(average, splits["val"], *settings), "lr": rate, "seconds": seconds,
                 "images_per_second": images / seconds})
             print(data.line(row), flush=True)
             score = row["val_loss" if args.notebook else "rmse_m"]
@@ -305,7 +313,7 @@ def main(argv=None):
                 save(best, epoch + 1)
             data.write_csv(args.out / "log.csv", rows)
             draw_curves(rows, args.out / "curves.png")
-            draw_predictions(model, (train, splits["val"]), args.out / "predictions.png")
+            draw_predictions(average, (train, splits["val"]), args.out / "predictions.png")
             save(last, epoch + 1)
             first_step = 0
             if stop and epoch + 1 < args.epochs:

@@ -302,6 +302,26 @@ def test_a_run_writes_its_files_with_all_figures_and_columns(unbroken):
     assert state(unbroken / "best.pt")["epoch"] == int(best["epoch"])
 
 
+def test_the_saved_weights_are_a_moving_average_over_the_steps(flags, tmp_path, monkeypatch):
+    steps, genuine = [], torch._foreach_lerp_
+
+    def note(means, current, weight):
+        steps.append([x.clone() for x in current])
+        genuine(means, current, weight)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", note)
+    run(*flags, "--batch-size", 1, "--epochs", 1, "--out", tmp_path)
+    assert len(steps) == 11
+    literal = steps[0]
+    for n, current in enumerate(steps):
+        weight = max(0.01, 9 / (9 + n))
+        literal = [(1 - weight) * mean + weight * x for mean, x in zip(literal, current)]
+    saved = state(tmp_path / "last.pt")
+    for key, expected in (("model", literal), ("training", steps[-1])):
+        found = [x for x in saved[key].values() if x.is_floating_point()]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(flags, unbroken, tmp_path):
     run(*flags, "--out", tmp_path / "same")
     assert_same_run(unbroken, tmp_path / "same")
