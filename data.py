@@ -53,11 +53,12 @@ BRIGHTNESS = [(.1, .4), (.3, .7), (.6, .85)] + [(.04, .6)] * 7  # floor, walls, 
 def make_rooms(indices, seed=0, device="cpu"):
     """Images (B, 3, 192, 256) uint8, z-depths (B, 1, 48, 64) in metres of the rooms `indices`."""
     rooms = [torch.Generator().manual_seed(seed * 10**6 + i) for i in indices.tolist()]
-    def uniform(*shape):
-        return torch.stack([torch.rand(shape, generator=room) for room in rooms]).to(device)
     def draw(*ranges):  # R of them, or R lists of N of them -> (B, R, N)
-        low, high = torch.tensor(ranges, device=device).view(len(ranges), -1, 2).unbind(2)
-        return low + (high - low) * uniform(*low.shape)
+        low, high = torch.tensor(ranges).view(len(ranges), -1, 2).unbind(2)
+        uniform = torch.stack([torch.rand(low.shape, generator=room) for room in rooms])
+        return (low + (high - low) * uniform).to(device)
+    def hashed(x):  # -1 .. 1, different wherever x is
+        return (x.sin() * 43758.5).frac()
 
     # Room and camera: x right, y up, z forward in metres, the origin in the middle of the room.
     size = draw((1.2, 3), (1.2, 1.5), (1.4, 4.6))                          # (B, 3, 1), half of it
@@ -92,13 +93,13 @@ def make_rooms(indices, seed=0, device="cpu"):
     paint = draw(BRIGHTNESS, *[[span] * len(BRIGHTNESS) for span in spans]).relu()
     gray, hue, contrast, width = paint.gather(2, kind.expand(-1, 8, -1)).split([1, 3, 1, 3], 1)
     x, y, z = (point * (normal == 0) / width).floor().split(1, 1)
-    shade = ((x * 127.1 + y * 311.7 + z * 74.7 + kind).sin() * 43758.5).frac()   # -1 .. 1
+    shade = hashed(x * 127.1 + y * 311.7 + z * 74.7 + kind + draw((0, 99)))
     way = draw((-.6, .6), (.6, .9), (-.6, .6)) * size - point              # to the lamp
     square = way.square().sum(1, True)                                     # (B, 1, P)
     lamp = draw((.6, 1.9)) * (normal * way).sum(1, True).relu() * square.rsqrt() / (1 + square / 6)
     light = .35 + lamp + (normal * draw(*[(-.15, .15)] * 3)).sum(1, True)
     image = (gray * hue * (1 + contrast * shade) * light).clamp(0, 1).sqrt()
-    image = (image + .06 * uniform(3, len(pixel)) - .03).clamp(0, 1)
+    image = (image + .03 * hashed(hashed(pixel) * 78.233 + draw(*[(0, 99)] * 3))).clamp(0, 1)
     return ((image * 255).byte().view(-1, 3, *SIZE),
             depth.view(-1, 1, *SIZE)[..., 2::4, 2::4].contiguous())
 

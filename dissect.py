@@ -104,8 +104,8 @@ def ablate(model, frames, layer, r, replacement, batch_size=16):
     ranked = r["selectivity"].argsort(descending=True)
     orders = {"most selective first": ranked, "least selective first": ranked.flip(0)}
     for n in range(RANDOM_ORDERS):
-        shuffled = torch.randperm(len(value), generator=torch.Generator().manual_seed(n))
-        orders[f"random {n}"] = shuffled
+        chance = torch.Generator().manual_seed(n)
+        orders[f"random {n}"] = torch.randperm(len(value), generator=chance)
     counts, rows = sorted({round(len(value) * n / 8) for n in range(9)}), []
     show = data.progress(f"ablate {layer}", len(orders) * len(counts), "passes")
     for (order, units), n in itertools.product(orders.items(), counts):
@@ -217,7 +217,7 @@ def draw_activations(model, image, depth, units, path):
         r, activation = units[layer], features[layer][:, unit].abs().cpu() # (n, h, w)
         wanted = F.pad(preferred(r)[unit].float(), (1, 1))                 # missing, beyond: 0
         inside = wanted[torch.bucketize(shown, r["edges"])]                # (n, 48, 64)
-        left = f"{layer} unit {unit}, selectivity {r['selectivity'][unit]:.2f}"
+        left = f"|activation|, {layer} unit {unit}: s = {r['selectivity'][unit]:.2f}"
         right = f"its depths, around {r['peak_m'][unit]:.1f} m"
         magma = {"cmap": "magma", "vmin": 0, "vmax": activation.max().item()}
         lines.append([cell for a, b in zip(activation, inside) for cell in (
@@ -235,10 +235,9 @@ def read_photo(path):
 
 def print_table(results):
     """Layer by layer, both measures, checkpoints side by side, with differences from the first."""
-    first = next(iter(results.values()))["layers"]
     print(f"\n{'':24}" + "".join(f"{label[-30:]:>34}" for label in results))
     print(f"{'layer':12}units  bins " + f"{'selectivity':>17}{'assigned':>17}" * len(results))
-    for layer, base in first.items():
+    for layer, base in next(iter(results.values()))["layers"].items():
         line = f"{layer:12}{base['units']:>5} {base['bins_used']:>2}/{base['bins']:<2} "
         for own in (result["layers"][layer] for result in results.values()):
             for key in ("selectivity", "assigned_selectivity"):
@@ -253,11 +252,9 @@ def parse_args(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", default=[],
                    help="ours, the notebook's or METER's; several are compared; none: newest run's")
-    # data
     data.add_source_arguments(p)
     p.add_argument("--split", choices=["train", "val", "test"], default="test", help="the frames")
     p.add_argument("--limit", type=data.number(int, 1), help="that many of them, evenly spaced")
-    # what to do
     p.add_argument("--layers", nargs="+", choices=meter.LAYERS, default=list(meter.LAYERS),
                    metavar="LAYER", help="to look at")
     p.add_argument("--notebook", action="store_true", help="the notebook's bins, up to 3.92 m")

@@ -11,7 +11,6 @@ The regulariser (You et al. 2021) rewards units that answer to one range of dept
 So alpha is relative: METER's loss is some hundreds (of centimetres), theirs about 1, and -0.1 just
 added to it would pull a thousandth as hard as in their paper. --notebook does add it literally.
 """
-# B batch, h w size of the depth map (48x64)
 import argparse
 import contextlib
 import copy
@@ -69,10 +68,7 @@ def balanced_loss(prediction, depth, units_per_metre=meter.CENTIMETRES):
     return sum(loss_terms(prediction, depth, units_per_metre).values())
 
 def objective(prediction, depth, features, alpha, notebook=False):
-    """What training minimises: a dict of scalars, `loss` first, then its terms.
-
-    features: name -> (B, C, h, w), the layers to regularise; none for the baseline.
-    """
+    """What training minimises, and its terms: a dict of scalars; features: name -> (B, C, h, w)."""
     terms = loss_terms(prediction, depth, meter.GREY_LEVELS if notebook else meter.CENTIMETRES)
     balanced, binned = sum(terms.values()), meter.notebook_depth(depth) if notebook else depth
     scores = {f"selectivity_{name}": meter.assigned_selectivity(
@@ -130,20 +126,6 @@ def draw_predictions(model, splits, path):
          ("predicted depth", guess, "metres", span),
          ("error (red: too near)", error, "metres", {"vmin": -2, "vmax": 2, "cmap": "RdBu"})]
         for name, photo, true, guess, error, span in zip(names, photos, *maps, spans)])
-
-@contextlib.contextmanager
-def stop_requests():
-    """Yields a list that Ctrl-C or SIGTERM fills; a second one ends the program at once."""
-    received = []
-    def note(number, _):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
@@ -258,7 +240,13 @@ def main(argv=None):
                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         data.write(path, lambda file: torch.save(content, file))
 
-    with stop_requests() as stop:
+    stop = []                                          # Ctrl-C or SIGTERM; a second ends at once
+    def note(number, _):
+        stop.append(signal.signal(number, signal.SIG_DFL))
+
+    with contextlib.ExitStack() as handlers:           # puts the former ones back
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers.callback(signal.signal, number, signal.signal(number, note))
         for epoch in range(first_epoch, args.epochs):
             model.train()
             draws = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
@@ -285,20 +273,17 @@ def main(argv=None):
                 show(min((step + 1) * args.batch_size, len(train)))
                 if stop or (not gpu and not terms["loss"].isfinite()):
                     break                              # a GPU would have to wait for this answer
-            finite = history[:step + 1].isfinite()                         # (steps, terms)
-            if not finite.all():
-                at = finite.all(1).tolist().index(False)
-                bad = [name for name, good in zip(terms, finite[at].tolist()) if not good]
-                blame = [source.name(train.pool, train.indices[row])
-                         for row in order.split(args.batch_size)[at]
-                         if not train.fetch(row[None])[1].isfinite().all()]
-                sys.exit(f"error: epoch {epoch + 1}, step {at + 1}: {', '.join(bad[1:] or bad)} is "
-                         f"nan or infinite{', as is the depth of ' + blame[0] if blame else ''}: "
-                         "try a lower --lr or --amp off. last.pt is unharmed.")
+            for at, values in enumerate(history[:step + 1].tolist()):
+                if bad := [name for name, x in zip(terms, values) if not math.isfinite(x)]:
+                    blame = [f", as is the depth of {source.name(train.pool, train.indices[row])}"
+                             for row in order.split(args.batch_size)[at]
+                             if not train.fetch(row[None])[1].isfinite().all()]
+                    sys.exit(f"error: epoch {epoch + 1}, step {at + 1}: {', '.join(bad[1:] or bad)}"
+                             f" is nan or infinite{''.join(blame[:1])}: try a lower --lr or --amp "
+                             "off. last.pt is unharmed.")
             if stop and step + 1 < steps:
                 save(last, epoch, step + 1)
-                sys.exit(f"stopped in epoch {epoch + 1} after step {step + 1} of {steps}; "
-                         "--resume continues there.")
+                sys.exit(f"stopped in epoch {epoch + 1} after step {step + 1}/{steps}: --resume.")
             seconds, images = time.monotonic() - start, len(train) - first_step * args.batch_size
             rows.append(row := {
                 "epoch": epoch + 1, **dict(zip(terms, history.mean(0).tolist())),
@@ -317,7 +302,7 @@ def main(argv=None):
             save(last, epoch + 1)
             first_step = 0
             if stop and epoch + 1 < args.epochs:
-                sys.exit(f"stopped after epoch {epoch + 1}; --resume continues there.")
+                sys.exit(f"stopped after epoch {epoch + 1}: --resume continues there.")
 
     model, test = meter.load_checkpoint(best)[0].to(device), splits["test"]
     metrics = {"split": "test", "images": len(test), **evaluate(model, test, *settings)}

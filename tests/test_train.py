@@ -371,7 +371,7 @@ def test_a_signal_stops_after_the_step_and_resume_equals_an_unbroken_run(
     with monkeypatch.context() as patch:
         on_call(patch, train, "learning_rate", step, interrupt)
         message = end(*flags, "--out", tmp_path)
-    assert f"epoch {1 + step // 4} after step {1 + (step - 1) % 3} of 3; --resume" in message
+    assert f"epoch {1 + step // 4} after step {1 + (step - 1) % 3}/3: --resume" in message
     assert during == [signal.SIG_DFL] and signal.getsignal(number) == before  # a second one ends it
     run(*flags, "--out", tmp_path, "--resume")
     assert_same_run(unbroken, tmp_path)
