@@ -9,7 +9,9 @@ metrics.json (best.pt on the test split) to runs/baseline or runs/selective.
 The regulariser (You et al. 2021) rewards units that answer to one range of depth only:
     loss = balanced * (1 + alpha * selectivity),   the second `balanced` without gradient.
 So alpha is relative: METER's loss is some hundreds (of centimetres), theirs about 1, and -0.1 just
-added to it would pull a thousandth as hard as in their paper. --notebook does add it literally.
+added to it would pull a thousandth as hard as in their paper. It grows from 0 in the first third of
+the epochs: units that are pulled apart before they have learnt anything may never learn. --notebook
+does neither.
 """
 import argparse
 import contextlib
@@ -223,6 +225,7 @@ def main(argv=None):
     rows, best_score = state.get("rows", []), state.get("best_score", math.inf)
     first_epoch, first_step = state.get("epoch", 0), state.get("step", 0)
     history = torch.zeros(steps, 5 + len(layers), device=device)   # all terms of an epoch's steps
+    alpha = torch.zeros((), device=device)             # a tensor: `torch.compile` bakes floats in
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -260,14 +263,16 @@ def main(argv=None):
                     image, depth = data.augment(image, depth, chances[frames])
                 with autocast, meter.record(model, layers) as features:
                     prediction = model(data.normalise(image))              # (B, 1, 48, 64) metres
-                terms = step_objective(prediction, depth, features, args.alpha, args.notebook)
+                done = epoch + step / steps                                # epochs
+                alpha.fill_(args.alpha * (1 if args.notebook else min(1, 3 * done / args.epochs)))
+                terms = step_objective(prediction, depth, features, alpha, args.notebook)
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(terms["loss"]).backward()
-                rate = learning_rate(epoch + step / steps, args.epochs, args.lr, args.schedule)
+                rate = learning_rate(done, args.epochs, args.lr, args.schedule)
                 optimizer.param_groups[0]["lr"] = rate
                 scaler.step(optimizer)
                 scaler.update()
-                weight = 1 if args.notebook else max(0.01, 9 / (9 + epoch * steps + step))
+                weight = 1 if args.notebook else max(0.01, 9 / (9 + done * steps))
                 torch._foreach_lerp_(means, current, weight)
                 history[step] = torch.stack(list(terms.values())).detach()  # .item() would wait
                 show(min((step + 1) * args.batch_size, len(train)))

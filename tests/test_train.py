@@ -322,6 +322,22 @@ def test_the_saved_weights_are_a_moving_average_over_the_steps(flags, tmp_path, 
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_alpha_grows_over_the_first_third_but_not_in_the_notebook(flags, tmp_path, monkeypatch):
+    seen, genuine = [], train.objective
+
+    def note(prediction, depth, features, alpha, notebook):
+        seen.append(float(alpha))
+        return genuine(prediction, depth, features, alpha, notebook)
+
+    monkeypatch.setattr(train, "objective", note)
+    words = [*flags, "--neuron-selective", "--alpha", -0.6, "--layers", "dec_3"]
+    run(*words, "--out", tmp_path / "ours")            # 2 x (3 steps, validation), test
+    assert seen == pytest.approx([0, -0.3, -0.6, -0.6, -0.6, -0.6, -0.6, -0.6, -0.6])
+    seen.clear()
+    run(*words, "--notebook", "--epochs", 1, "--out", tmp_path / "notebook")
+    assert seen == pytest.approx([-0.6] * 5)
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(flags, unbroken, tmp_path):
     run(*flags, "--out", tmp_path / "same")
     assert_same_run(unbroken, tmp_path / "same")
