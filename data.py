@@ -138,8 +138,7 @@ class KaggleFolder(Source):
             index = (root / "data" / f"nyu2_{pool}.csv").resolve()
             if not index.is_file():
                 sys.exit(f"error: {index} does not exist.\n{HOW_TO_GET_NYU}")
-            lines = index.read_text(errors="replace").splitlines()
-            rows = [row for row in csv.reader(lines) if row]
+            rows = [row for row in csv.reader(index.read_text(errors="replace").split("\n")) if row]
             if odd := [row for row in rows or ["nothing"] if len(row) != 2]:
                 sys.exit(f"error: {index}: {odd[0]} is no image and depth. Get the CSV again.")
             pairs[pool] = [[(root / cell).resolve() for cell in row] for row in rows]
@@ -161,14 +160,13 @@ class LabeledMat(Source):
         file, key = h5py.File(path), "rawDepths" if raw_depth else "depths"
         if not {"images", key} <= set(file) or len(file["images"]) != len(file[key]):
             sys.exit(f"error: {path} lacks images or {key}: it is no nyu_depth_v2_labeled.mat.")
-        self.images, self.depths = file["images"], file[key]
+        self.arrays = file["images"], file[key]
         bits = np.unpackbits(np.frombuffer(base64.b64decode(TEST_BITS), np.uint8))
-        numbers = [np.flatnonzero(bits[:len(self.images)] == is_test) for is_test in (0, 1)]
-        super().__init__(path, dict(zip(("train", "test"), numbers)))
+        train, test = (np.flatnonzero(bits[:len(file[key])] == is_test) for is_test in (0, 1))
+        super().__init__(path, {"train": train, "test": test})
 
     def frame(self, pool, i):
-        number = self.pools[pool][i]
-        image, depth = (np.ascontiguousarray(x[number].T) for x in (self.images, self.depths))
+        image, depth = (np.ascontiguousarray(x[self.pools[pool][i]].T) for x in self.arrays)
         return Image.fromarray(image), Image.fromarray(depth.astype(np.float32)), 1
 
 class Packed(Source):
@@ -191,12 +189,12 @@ class Rooms(Source):
         self.device = device
 
     def frames(self, pool, indices):
-        numbers = torch.tensor([self.pools[pool][i] for i in indices]).split(8)
-        parts = [make_rooms(part, device=self.device) for part in numbers]
+        rooms = torch.tensor([self.pools[pool][i] for i in indices])
+        parts = [make_rooms(part, device=self.device) for part in rooms.split(8)]
         image, depth = map(torch.cat, zip(*parts))
         return image.permute(0, 2, 3, 1), depth
 
-def open_source(path, raw_depth=False, rooms=500, device="cpu"):
+def open_source(path, raw_depth=False, rooms=300, device="cpu"):
     """The source behind --data (Path or None); ends the program if there is none."""
     if not path and not KAGGLE_MOUNT.is_dir():
         print(f"data: {rooms:,} synthetic rooms, drawn now. {HOW_TO_GET_NYU}")
@@ -326,9 +324,8 @@ def augment(image, depth, draws):
     draws = draws[:, :, None, None, None].to(image.device)                 # (B, D, 1, 1, 1)
     mirror, permute, recolour, shift = (draws[:, :4] < 0.5).unbind(1)      # (B, 1, 1, 1) each
     image, depth = (torch.where(mirror, x.flip(3), x) for x in (image, depth))
-    orders = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
-    orders = constant(orders, image.device).long()[:, :, None, None]
-    order = orders[(draws[:, 4] * 6).long().flatten()]                     # (B, 3, 1, 1)
+    orders = constant(tuple(itertools.permutations(range(3))), image.device).long()    # (6, 3)
+    order = orders[(draws[:, 4] * 6).long().flatten(), :, None, None]      # (B, 3, 1, 1)
     image = torch.where(permute, image.gather(1, order.expand_as(image)), image)
     b, g, *e = (0.9 + 0.2 * draws[:, 5:10]).unbind(1)                      # e: for each channel
     image = torch.where(recolour, (b * image ** g * torch.cat(e, 1)).clamp(0, 1), image)
@@ -401,10 +398,9 @@ def write_pictures(path, lines):
 
 def check_folder(path):
     """Before any work: can `path` be made and written to?"""
-    path = path.resolve()
-    there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    there = next(x for x in (path.resolve(), *path.resolve().parents) if os.path.lexists(x))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        sys.exit(f"error: --out {path}: {there} is not a folder that can be written to.")
+        sys.exit(f"error: --out {path.resolve()}: {there} is not a folder that can be written to.")
 
 def pack(source, path):
     """Write all frames of a source to one .h5, a row per chunk, atomically, in bounded memory."""
@@ -432,7 +428,7 @@ def add_source_arguments(p):
     p.add_argument("--data", type=Path, help="Kaggle's folder, the .mat or a packed .h5; default: "
                    "where Kaggle mounts NYU if it is there, else synthetic rooms")
     p.add_argument("--raw-depth", action="store_true", help=".mat: depth with holes, not filled in")
-    p.add_argument("--rooms", type=number(int, 10), default=500, help="synthetic training rooms")
+    p.add_argument("--rooms", type=number(int, 10), default=300, help="synthetic training rooms")
     p.add_argument("--feed", choices=["auto", "device", "host", "file"], default="auto",
                    help="where frames wait: GPU, memory, .h5; auto: the first that has room")
     p.add_argument("--batch-size", type=number(int, 1), default=16, help="images a step")

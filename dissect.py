@@ -124,7 +124,7 @@ def draw_layer(title, r, path):
     axes = figure.subplots(lines, columns, sharex=True, squeeze=False).flat
     for unit, (axis, values) in enumerate(zip(axes, response)):
         own = r["assigned_bin"][unit]
-        axis.axvspan(edges[own], edges[own + 1], color="tab:orange", alpha=0.35, lw=0)
+        axis.axvspan(*edges[own:own + 2], color="tab:orange", alpha=0.35, lw=0)
         colour = matplotlib.colormaps["viridis"](min(r["peak_m"][unit].item() / 6, 1.0))
         axis.stairs(values, edges, fill=True, color=colour)
         axis.set_title(f"unit {unit}: {r['selectivity'][unit]:.2f}", fontsize=8, pad=2)
