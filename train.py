@@ -9,8 +9,8 @@ metrics.json (best.pt on the test split) to runs/baseline or runs/selective.
 The regulariser (You et al. 2021) rewards units that answer to one range of depth only:
     loss = balanced * (1 + alpha * selectivity),   the second `balanced` without gradient.
 So alpha is relative: METER's loss is some hundreds (of centimetres), theirs about 1, and -0.1 just
-added to it would pull a thousandth as hard as in their paper. It grows from 0 in the first third of
-the epochs: units that are pulled apart before they have learnt anything may never learn. --notebook
+added to it would pull a thousandth as hard as in their paper. It grows from 0 in the first tenth of
+the run: units that are pulled apart before they have learnt anything may stay behind. --notebook
 does neither.
 """
 import argparse
@@ -264,7 +264,7 @@ def main(argv=None):
                 with autocast, meter.record(model, layers) as features:
                     prediction = model(data.normalise(image))              # (B, 1, 48, 64) metres
                 done = epoch + step / steps                                # epochs
-                alpha.fill_(args.alpha * (1 if args.notebook else min(1, 3 * done / args.epochs)))
+                alpha.fill_(args.alpha * (1 if args.notebook else min(1, 10 * done / args.epochs)))
                 terms = step_objective(prediction, depth, features, alpha, args.notebook)
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(terms["loss"]).backward()

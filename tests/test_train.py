@@ -322,7 +322,7 @@ def test_the_saved_weights_are_a_moving_average_over_the_steps(flags, tmp_path, 
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_alpha_grows_over_the_first_third_but_not_in_the_notebook(flags, tmp_path, monkeypatch):
+def test_alpha_grows_over_the_first_tenth_but_not_in_the_notebook(flags, tmp_path, monkeypatch):
     seen, genuine = [], train.objective
 
     def note(prediction, depth, features, alpha, notebook):
@@ -331,8 +331,9 @@ def test_alpha_grows_over_the_first_third_but_not_in_the_notebook(flags, tmp_pat
 
     monkeypatch.setattr(train, "objective", note)
     words = [*flags, "--neuron-selective", "--alpha", -0.6, "--layers", "dec_3"]
-    run(*words, "--out", tmp_path / "ours")            # 2 x (3 steps, validation), test
-    assert seen == pytest.approx([0, -0.3, -0.6, -0.6, -0.6, -0.6, -0.6, -0.6, -0.6])
+    run(*words, "--batch-size", 1, "--out", tmp_path / "ours")         # 22 steps
+    assert seen[:6] == pytest.approx([-0.6 * n / 2.2 for n in (0, 1, 2, 2.2, 2.2, 2.2)])
+    assert seen[6:] == pytest.approx([-0.6] * len(seen[6:]))
     seen.clear()
     run(*words, "--notebook", "--epochs", 1, "--out", tmp_path / "notebook")
     assert seen == pytest.approx([-0.6] * 5)
