@@ -431,7 +431,7 @@ def add_source_arguments(p):
     p.add_argument("--rooms", type=number(int, 10), default=300, help="synthetic training rooms")
     p.add_argument("--feed", choices=["auto", "device", "host", "file"], default="auto",
                    help="where frames wait: GPU, memory, .h5; auto: the first that has room")
-    p.add_argument("--batch-size", type=number(int, 1), default=16, help="images a step")
+    p.add_argument("--batch-size", type=number(int, 1), default=8, help="images a step")
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="Decode NYU Depth V2 once and pack it into one .h5.")

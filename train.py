@@ -142,7 +142,7 @@ def parse_args(argv=None):
     # recipe
     p.add_argument("--variant", choices=meter.VARIANTS, default="xxs", help="size of METER")
     p.add_argument("--init", type=Path, help="checkpoint to start from, not random weights")
-    p.add_argument("--epochs", type=data.number(int, 1), default=20, help="passes over the split")
+    p.add_argument("--epochs", type=data.number(int, 1), default=12, help="passes over the split")
     p.add_argument("--lr", type=data.number(float, 1e-9, 1), default=1e-3, help="AdamW's peak rate")
     p.add_argument("--schedule", choices=["cosine", "step", "constant"], default="cosine",
                    help="of --lr: warm-up and cosine to 0, METER's tenth every 20 epochs, or none")
