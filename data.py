@@ -194,7 +194,7 @@ class Rooms(Source):
         image, depth = map(torch.cat, zip(*parts))
         return image.permute(0, 2, 3, 1), depth
 
-def open_source(path, raw_depth=False, rooms=300, device="cpu"):
+def open_source(path, raw_depth=False, rooms=400, device="cpu"):
     """The source behind --data (Path or None); ends the program if there is none."""
     if not path and not KAGGLE_MOUNT.is_dir():
         print(f"data: {rooms:,} synthetic rooms, drawn now. {HOW_TO_GET_NYU}")
@@ -428,7 +428,7 @@ def add_source_arguments(p):
     p.add_argument("--data", type=Path, help="Kaggle's folder, the .mat or a packed .h5; default: "
                    "where Kaggle mounts NYU if it is there, else synthetic rooms")
     p.add_argument("--raw-depth", action="store_true", help=".mat: depth with holes, not filled in")
-    p.add_argument("--rooms", type=number(int, 10), default=300, help="synthetic training rooms")
+    p.add_argument("--rooms", type=number(int, 10), default=400, help="synthetic training rooms")
     p.add_argument("--feed", choices=["auto", "device", "host", "file"], default="auto",
                    help="where frames wait: GPU, memory, .h5; auto: the first that has room")
     p.add_argument("--batch-size", type=number(int, 1), default=8, help="images a step")
