@@ -189,7 +189,7 @@ def preferred(r):
 def choose_units(units):
     """The most selective unit that peaks near, one in the middle, one far: [(layer, unit), ...].
 
-    First choice: units that prefer 3 to 50 % of the pixels, in maps of 24 rows or more.
+    First choice: units that prefer 3 to 50 % of the pixels, then those in maps of 24 rows or more.
     """
     coarse = {"enc_7", "enc_8", "enc_9", "enc_10", "enc_output", "dec_0", "dec_1"}
     bands = {2: [], 4: [], 10: []}                     # by the depth of the peak, up to so many m
@@ -197,7 +197,7 @@ def choose_units(units):
         share = (preferred(r) * r["count"]).sum(1) / r["count"].sum()      # (C,)
         for unit, peak in enumerate(r["peak_m"]):
             bands[next(far for far in bands if peak <= far)].append((
-                layer not in coarse, 0.03 < share[unit] < 0.5, r["selectivity"][unit], layer, unit))
+                0.03 < share[unit] < 0.5, layer not in coarse, r["selectivity"][unit], layer, unit))
     return [max(band)[3:] for band in bands.values() if band]
 
 def draw_activations(model, image, depth, units, path):
