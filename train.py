@@ -175,9 +175,11 @@ def main(argv=None):
     model = meter.METER(args.variant, meter.GREY_LEVELS if args.notebook else meter.CENTIMETRES)
     if args.resume and last.exists():
         model, state = meter.load_checkpoint(last)
-        old = state["config"]
-        if args.schedule != "cosine" and args.epochs > state["epoch"]:
-            old["epochs"] = args.epochs                # nothing was laid out for the old number
+        if not {"config", "training"} <= set(state):
+            sys.exit(f"error: {last.resolve()} is not of this train.py: choose another --out.")
+        old, grows = state["config"], args.neuron_selective and not args.notebook
+        if args.schedule != "cosine" and not grows and args.epochs > state["epoch"]:
+            old["epochs"] = args.epochs                # neither rate nor alpha was laid out for it
         if differ := [f"{key} {old.get(key)}, not {config[key]}" for key in config
                       if old.get(key) != config[key]]:
             sys.exit(f"error: {last.resolve()} (schedule {old['schedule']}) has other settings: "

@@ -465,6 +465,12 @@ def test_a_constant_schedule_may_run_on_for_more_epochs_but_not_for_fewer(flags,
     run(*constant, "--epochs", 1, "--out", tmp_path / "parts")
     run(*constant, "--out", tmp_path / "parts", "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    selective = [*constant, "--neuron-selective", "--out", tmp_path / "selective"]
+    run(*selective, "--epochs", 1)
+    assert "epochs 1, not 2" in end(*selective, "--resume")  # alpha was laid out
+    (tmp_path / "old").mkdir()
+    torch.save(METER().state_dict(), tmp_path / "old" / "last.pt")
+    assert "--out" in end(*flags, "--out", tmp_path / "old", "--resume")
     message = end(*constant, "--epochs", 1, "--out", tmp_path / "whole", "--resume")
     assert "epochs 2, not 1" in message and "cosine" not in message
 
