@@ -18,7 +18,6 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -40,14 +39,10 @@ TEST_BITS = (  # the 654 official test frames among the 1,449 labelled ones, one
     "eA4/4wH//H5nPwHw//HwfOADx/+APw/+5/BgAPPwOPAZgAH+f4P8DweA/4A=")
 HOW_TO_GET_NYU = "README, Data, tells how to get NYU Depth V2 (4.1 GB); then point --data to it."
 FOCAL = SIZE[1] * 519 / 640                           # pixels; the Kinect's, as in NYU Depth V2
-FURNITURE = [  # from-to of width, height, depth, bottom in metres, way out to the wall (1 is at it)
-    ((.5, 1.5), (.6, 2.1), (.3, .6), (0, 0), (1, 1)),       # cabinet
-    ((1.3, 2.2), (.4, .8), (.8, 1), (0, 0), (.6, 1)),       # sofa
-    ((.8, 1.6), (.4, .7), (.6, 1), (0, 0), (.1, .7)),       # table
-    ((.3, .6), (.3, .6), (.3, .6), (0, 0), (.1, 1)),        # stool
-    ((.2, .5), (1, 1), (.2, .5), (1.8, 2.1), (.1, .7)),     # lamp, hanging: the ceiling cuts it off
-    ((.6, 1.2), (.04, .4), (.2, .3), (1.3, 1.7), (1, 1)),   # shelf
-    ((.4, 1.3), (.4, .9), (.03, .04), (1.1, 1.3), (1, 1))]  # picture
+FURNITURE = [  # from-to of width, height, depth, bottom in metres, way out to the wall (1: at it)
+    *4 * [((.4, 1.8), (.3, 1.3), (.3, .9), (0, 0), (.4, 1))],        # standing on the floor
+    ((.2, .5), (1, 1), (.2, .5), (1.8, 2.1), (.1, .7)),              # hanging from the ceiling
+    *2 * [((.4, 1.3), (.1, .9), (.03, .25), (1.1, 1.6), (1, 1))]]    # on a wall
 BRIGHTNESS = [(.1, .4), (.3, .7), (.6, .85)] + [(.04, .6)] * 7  # floor, walls, ceiling, furniture
 
 def make_rooms(indices, seed=0, device="cpu"):
@@ -94,10 +89,7 @@ def make_rooms(indices, seed=0, device="cpu"):
     gray, hue, contrast, width = paint.gather(2, kind.expand(-1, 8, -1)).split([1, 3, 1, 3], 1)
     x, y, z = (point * (normal == 0) / width).floor().split(1, 1)
     shade = hashed(x * 127.1 + y * 311.7 + z * 74.7 + kind + draw((0, 99)))
-    way = draw((-.6, .6), (.6, .9), (-.6, .6)) * size - point              # to the lamp
-    square = way.square().sum(1, True)                                     # (B, 1, P)
-    lamp = draw((.6, 1.9)) * (normal * way).sum(1, True).relu() * square.rsqrt() / (1 + square / 6)
-    light = .35 + lamp + (normal * draw(*[(-.15, .15)] * 3)).sum(1, True)
+    light = .7 + (normal * draw((-.3, .3), (0, .3), (-.3, .3))).sum(1, True)   # from far away
     image = (gray * hue * (1 + contrast * shade) * light).clamp(0, 1).sqrt()
     image = (image + .03 * hashed(hashed(pixel) * 78.233 + draw(*[(0, 99)] * 3))).clamp(0, 1)
     return ((image * 255).byte().view(-1, 3, *SIZE),
@@ -105,18 +97,20 @@ def make_rooms(indices, seed=0, device="cpu"):
 
 class Source:
     """Frames in two pools, "train" and "test"; `faults` collects what is wrong with them."""
-    def __init__(self, path, pools):  # of each pool what tells its frames apart: files or numbers
-        self.path, self.pools, self.faults = path, pools, []
-        self.sizes = {pool: len(frames) for pool, frames in pools.items()}
+    def __init__(self, path, names, read=None):
+        # names: of each pool what tells its frames apart, files or numbers from 0;
+        # read(pool, name): Pillow's image and depth, metres per unit of depth.
+        self.path, self.names, self.read, self.faults = path, names, read, []
+        self.sizes = {pool: len(frames) for pool, frames in names.items()}
 
     def name(self, pool, i):
-        return f"{self.path}, {pool} frame {self.pools[pool][i]} (counted from 0)"
+        return f"{self.path}, {pool} frame {self.names[pool][i]}"
 
     def frames(self, pool, indices):
         """uint8 (n, 192, 256, 3), metres (n, 1, 48, 64), resampled by Pillow as in the notebook."""
         def decode(i):
             try:
-                image, depth, metres = self.frame(pool, i)     # Pillow's; metres per unit of depth
+                image, depth, metres = self.read(pool, self.names[pool][i])
                 if image.width * 3 != image.height * 4 or image.size != depth.size:
                     raise ValueError(f"image {image.size}, depth {depth.size}: not one 4:3 size")
                 image = image.resize(SIZE[::-1], Image.Resampling.BILINEAR)
@@ -130,44 +124,40 @@ class Source:
             pairs = zip(*threads.map(decode, indices))
             return tuple(torch.from_numpy(np.stack(part)) for part in pairs)
 
-class KaggleFolder(Source):
+def kaggle_folder(path):
     """nyu_data, or its parent: data/nyu2_train.csv and nyu2_test.csv list pairs of files."""
-    def __init__(self, path):
-        root, pairs = path if (path / "data").is_dir() else path / "nyu_data", {}
-        for pool in METRES_PER_LEVEL:
-            index = (root / "data" / f"nyu2_{pool}.csv").resolve()
-            if not index.is_file():
-                sys.exit(f"error: {index} does not exist.\n{HOW_TO_GET_NYU}")
-            rows = [row for row in csv.reader(index.read_text(errors="replace").split("\n")) if row]
-            if odd := [row for row in rows or ["nothing"] if len(row) != 2]:
-                sys.exit(f"error: {index}: {odd[0]} is no image and depth. Get the CSV again.")
-            pairs[pool] = [[(root / cell).resolve() for cell in row] for row in rows]
-        super().__init__(path, pairs)
+    root, names = path if (path / "data").is_dir() else path / "nyu_data", {}
+    for pool in METRES_PER_LEVEL:
+        index = (root / "data" / f"nyu2_{pool}.csv").resolve()
+        if not index.is_file():
+            sys.exit(f"error: {index} does not exist.\n{HOW_TO_GET_NYU}")
+        rows = [row for row in csv.reader(index.read_text(errors="replace").split("\n")) if row]
+        if odd := [row for row in rows or ["nothing"] if len(row) != 2]:
+            sys.exit(f"error: {index}: {odd[0]} is no image and depth. Get the CSV again.")
+        names[pool] = [[str((root / cell).resolve()) for cell in row] for row in rows]
 
-    def name(self, pool, i):
-        return " and ".join(map(str, self.pools[pool][i]))
-
-    def frame(self, pool, i):
-        image, depth = map(Image.open, self.pools[pool][i])
+    def read(pool, files):
+        image, depth = map(Image.open, files)
         if image.mode not in ("RGB", "RGBA", "P", "L", "LA") or depth.mode not in DEPTH_MODES[pool]:
             raise ValueError(f"image {image.mode}, depth {depth.mode}: save them as RGB and grey, "
                              "8-bit for training, 16-bit for the test")
         return image.convert("RGB"), depth, METRES_PER_LEVEL[pool]
 
-class LabeledMat(Source):
-    """nyu_depth_v2_labeled.mat: MATLAB 7.3, which is HDF5; each image lies there transposed."""
-    def __init__(self, path, raw_depth):
-        file, key = h5py.File(path), "rawDepths" if raw_depth else "depths"
-        if not {"images", key} <= set(file) or len(file["images"]) != len(file[key]):
-            sys.exit(f"error: {path} lacks images or {key}: it is no nyu_depth_v2_labeled.mat.")
-        self.arrays = file["images"], file[key]
-        bits = np.unpackbits(np.frombuffer(base64.b64decode(TEST_BITS), np.uint8))
-        train, test = (np.flatnonzero(bits[:len(file[key])] == is_test) for is_test in (0, 1))
-        super().__init__(path, {"train": train, "test": test})
+    return Source(path, names, read)
 
-    def frame(self, pool, i):
-        image, depth = (np.ascontiguousarray(x[self.pools[pool][i]].T) for x in self.arrays)
+def labeled_mat(path, raw_depth):
+    """nyu_depth_v2_labeled.mat: MATLAB 7.3, which is HDF5; each image lies there transposed."""
+    file, key = h5py.File(path), "rawDepths" if raw_depth else "depths"
+    if not {"images", key} <= set(file) or len(file["images"]) != len(file[key]):
+        sys.exit(f"error: {path} lacks images or {key}: it is no nyu_depth_v2_labeled.mat.")
+    images, depths = file["images"], file[key]
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(TEST_BITS), np.uint8))[:len(depths)]
+
+    def read(pool, i):
+        image, depth = (np.ascontiguousarray(x[i].T) for x in (images, depths))
         return Image.fromarray(image), Image.fromarray(depth.astype(np.float32)), 1
+
+    return Source(path, {"train": np.flatnonzero(bits == 0), "test": np.flatnonzero(bits)}, read)
 
 class Packed(Source):
     """Written by `pack`: <pool>/image uint8 (n, 192, 256, 3), /depth float32 (n, 1, 48, 64)."""
@@ -189,7 +179,7 @@ class Rooms(Source):
         self.device = device
 
     def frames(self, pool, indices):
-        rooms = torch.tensor([self.pools[pool][i] for i in indices])
+        rooms = torch.tensor([self.names[pool][i] for i in indices])
         parts = [make_rooms(part, device=self.device) for part in rooms.split(8)]
         image, depth = map(torch.cat, zip(*parts))
         return image.permute(0, 2, 3, 1), depth
@@ -202,9 +192,9 @@ def open_source(path, raw_depth=False, rooms=400, device="cpu"):
     path = (path or KAGGLE_MOUNT).resolve()
     try:
         if path.is_dir():
-            return KaggleFolder(path)
+            return kaggle_folder(path)
         if path.is_file() and path.suffix in (".mat", ".h5"):
-            return LabeledMat(path, raw_depth) if path.suffix == ".mat" else Packed(path)
+            return labeled_mat(path, raw_depth) if path.suffix == ".mat" else Packed(path)
     except OSError as error:                           # not HDF5, or cut short
         sys.exit(f"error: {path} cannot be opened as HDF5 ({error}). Get it again.")
     sys.exit(f"error: --data {path} does not exist as a folder, .mat or .h5.\n{HOW_TO_GET_NYU}")
@@ -221,17 +211,16 @@ def split_indices(sizes, split, notebook=False):
     return "train", {"train": range(train), "val": range(train, train + val),
                      "test": range(train + val, n)}[split]
 
-def progress(label, total, unit="images"):
-    """Call the result with how many are done: `train 500/716 | 64.2 images/s | 3 s left`."""
+def progress(label, n):
+    """Call the result with how many of n are done: `train 500/716 | 64.2 images/s | 3 s left`."""
     start = shown = time.monotonic()
     def show(done):
         nonlocal shown
         now = time.monotonic()
         rate = done / (now - start + 1e-9)
-        text = (f"{label} {done:,}/{total:,} | {rate:.1f} {unit}/s | "
-                f"{(total - done) / rate:.0f} s left")
+        text = f"{label} {done:,}/{n:,} | {rate:.1f} images/s | {(n - done) / rate:.0f} s left"
         if sys.stdout.isatty():                        # rewritten; in a file, a line every 30 s
-            print("\r\033[K" + (text if done < total else ""), end="", flush=True)
+            print("\r\033[K" + (text if done < n else ""), end="", flush=True)
         elif now - shown > 30:
             shown = now
             print(text, flush=True)
@@ -260,8 +249,7 @@ class Frames:
     def __init__(self, source, split, device, feed="auto", notebook=False, limit=None):
         self.source, self.device, self.feed = source, torch.device(device), feed
         self.pool, self.indices = split_indices(source.sizes, split, notebook)
-        if limit:
-            self.indices = self.indices[::max(len(self) // limit, 1)][:limit]
+        self.indices = self.indices[::max(len(self) // (limit or math.inf), 1)][:limit]
         if not len(self):
             sys.exit(f"error: no images in split {split}: the source has {source.sizes}.")
         if feed == "auto":
@@ -270,14 +258,15 @@ class Frames:
             free = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else host
             self.feed = "device" if need < free / 2 else "host" if need < 0.7 * host else "file"
         self.where = self.device if self.feed == "device" else torch.device("cpu")
-        if self.feed != "file":
-            self.image = torch.empty(len(self), *SIZE, 3, dtype=torch.uint8, device=self.where)
-            self.depth = torch.empty(len(self), 1, *DEPTH_SIZE, device=self.where)
-            for rows, image, depth in read_blocks(source, self.pool, self.indices, f"load {split}"):
-                self.image[rows], self.depth[rows] = image, depth
-        elif not isinstance(source, Packed):
+        if self.feed == "file" and not isinstance(source, Packed):
             sys.exit(f"error: {len(self):,} {split} frames to be fed from file must be packed "
                      "first: python data.py SOURCE nyu.h5, then --data nyu.h5.")
+        size = len(self) if self.feed != "file" else 0
+        self.image = torch.empty(size, *SIZE, 3, dtype=torch.uint8, device=self.where)
+        self.depth = torch.empty(size, 1, *DEPTH_SIZE, device=self.where)
+        for rows, image, depth in read_blocks(source, self.pool, self.indices, f"load {split}"):
+            if size:                                   # from a file: only checked for now
+                self.image[rows], self.depth[rows] = image, depth
 
     def __len__(self):
         return len(self.indices)
@@ -293,15 +282,10 @@ class Frames:
         return pair[0].permute(0, 3, 1, 2), pair[1]
 
     def batches(self, batch_size, order=None, first=0):
-        """Yields (rows, images, depths) from batch number `first` on; reads one batch ahead."""
+        """Yields (rows, images, depths) from batch number `first` on."""
         order = torch.arange(len(self), device=self.where) if order is None else order
-        rows = order.split(batch_size)[first:]
-        with ThreadPoolExecutor(1) as ahead:
-            coming = [ahead.submit(self.fetch, batch) for batch in rows[:1]]
-            for number, batch in enumerate(rows, 1):
-                pair = coming.pop().result()
-                coming += [ahead.submit(self.fetch, rest) for rest in rows[number:number + 1]]
-                yield batch, *pair
+        for rows in order.split(batch_size)[first:]:
+            yield rows, *self.fetch(rows)
 
 @functools.cache
 def constant(values, device):
@@ -344,13 +328,12 @@ def depth_metrics(prediction, depth):
     means = {key: (x * valid).sum((1, 2, 3)) / valid.sum((1, 2, 3)) for key, x in maps.items()}
     return means | {"rmse_m": means["rmse_m"].sqrt()}
 
-@contextmanager
-def replacing(path):
-    """A temporary file's path, which becomes `path` if all goes well: nobody meets half a file."""
+def write(path, save):
+    """Replace `path` by what save(temporary path) writes, if all goes well; makes its folder."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
+        save(temporary)
         with open(temporary) as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -361,28 +344,22 @@ def replacing(path):
         if temporary.exists():
             temporary.unlink()
 
-def write(path, save):
-    """Replace `path` by what save(file) writes, in one step; makes its folder."""
-    save(buffer := io.BytesIO())
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
-
 def line(row):
     """A dict as one line of the log: key value | key value."""
     return " | ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                       for key, value in row.items())
 
 def write_json(path, content):
-    write(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+    write(path, lambda file: file.write_text(json.dumps(content, indent=1)))
 
 def write_csv(path, rows):
     """Rows are dicts with the keys of the first."""
     text = io.StringIO()
     csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])     # rows[0]: its keys
-    write(path, lambda file: file.write(text.getvalue().encode()))
+    write(path, lambda file: file.write_text(text.getvalue(), newline=""))
 
 def write_figure(path, figure):
-    write(path, lambda file: figure.savefig(file, dpi=110))
+    write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 def write_pictures(path, lines):
     """A grid of pictures: lines of (title, picture, unit of its colour bar or "", for imshow)."""
@@ -404,15 +381,18 @@ def check_folder(path):
 
 def pack(source, path):
     """Write all frames of a source to one .h5, a row per chunk, atomically, in bounded memory."""
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
-        file.attrs.update(format=PACKED, source=str(source.path))
-        for pool, n in source.sizes.items():
-            images = file.create_dataset(f"{pool}/image", (n, *SIZE, 3), "u1", chunks=(1, *SIZE, 3))
-            shape = (1, *DEPTH_SIZE)
-            depths = file.create_dataset(f"{pool}/depth", (n, *shape), "f4", chunks=(1, *shape))
-            for rows, image, depth in read_blocks(source, pool, range(n), f"pack {pool}"):
-                images[rows], depths[rows] = image, depth
-        stop_on_faults(source)
+    def save(temporary):
+        with h5py.File(temporary, "w") as file:
+            file.attrs.update(format=PACKED, source=str(source.path))
+            make = file.create_dataset
+            for pool, n in source.sizes.items():
+                images = make(f"{pool}/image", (n, *SIZE, 3), "u1", chunks=(1, *SIZE, 3))
+                depths = make(f"{pool}/depth", (n, 1, *DEPTH_SIZE), "f", chunks=(1, 1, *DEPTH_SIZE))
+                for rows, image, depth in read_blocks(source, pool, range(n), f"pack {pool}"):
+                    images[rows], depths[rows] = image, depth
+            stop_on_faults(source)
+
+    write(path, save)
 
 def number(kind, low=-math.inf, high=math.inf):
     """For argparse: a finite int or float from low to high."""

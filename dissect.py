@@ -9,7 +9,9 @@ Writes units.csv, dissect.json and what the flags ask for to --out. Two measures
 """
 # B batch, C units, K depth bins, h w size of an activation map
 import argparse
+import contextlib
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -24,30 +26,35 @@ import data
 import model as meter
 
 COLUMNS = ("selectivity", "peak_bin", "peak_m", "assigned_bin", "assigned_selectivity")  # units.csv
-RANDOM_ORDERS = 5                                      # of ablation, to see the spread
+ORDERS = "most selective first", "least selective first", "random"       # of ablation
+RANDOM_ORDERS = 5                                      # to see their spread
 
 @torch.no_grad()
-def measure(model, frames, layers, notebook=False, batch_size=16):
+def measure(model, frames, layers, notebook=False, batch_size=16, change=None):
     """One pass over the frames for all layers together, in fp32: (metrics, units).
 
     metrics: means of data.depth_metrics. units: for each layer a dict of CPU tensors: edges (K+1,)
     of the depth bins in metres, count (K,) pixels, signed (C, K) and absolute (C, K), the means of
-    activation and |activation| in each bin, and (C,) each, what units.csv holds.
+    activation and |activation| in each bin, and (C,) each, what units.csv holds. With `change`, a
+    pair (layer, function), the network goes on with function(activation (B, C, h, w), true depth).
     """
-    rows, sums, units = [], {}, {}
-    for _, image, depth in frames.batches(batch_size):
-        with meter.record(model, layers) as features:
+    rows, sums, units, depth = [], {}, {}, None
+    with meter.record(model, layers) as features, contextlib.ExitStack() as hooks:
+        if change:
+            hooks.enter_context(model.get_submodule(meter.LAYERS[change[0]]).register_forward_hook(
+                lambda module, inputs, activation: change[1](activation, depth)))
+        for _, image, depth in frames.batches(batch_size):
             prediction = model(data.normalise(image / 255))                # (B, 1, 48, 64) metres
-        rows.append(data.depth_metrics(prediction, depth))
-        binned, shared = meter.notebook_depth(depth) if notebook else depth, {}
-        for name, x in features.items():                                   # (B, C, h, w)
-            edges = meter.layer_thresholds(x.shape[1], notebook, depth.device)
-            key = len(edges), *x.shape[-2:]                                # these share weights
-            if key not in shared:
-                shared[key] = meter.bin_weights(binned, edges, x.shape[-2:])
-            new = (shared[key].sum((0, 2, 3)), meter.bin_sums(x, shared[key]),
-                   meter.bin_sums(x.abs(), shared[key]))
-            sums[name] = [old + y.double() for old, y in zip(sums.get(name, (0, 0, 0)), new)]
+            rows.append(data.depth_metrics(prediction, depth))
+            binned, shared = meter.notebook_depth(depth) if notebook else depth, {}
+            for name, x in features.items():                               # (B, C, h, w)
+                edges = meter.layer_thresholds(x.shape[1], notebook, depth.device)
+                key = len(edges), *x.shape[-2:]                            # these share weights
+                if key not in shared:
+                    shared[key] = meter.bin_weights(binned, edges, x.shape[-2:])
+                new = (shared[key].sum((0, 2, 3)), meter.bin_sums(x, shared[key]),
+                       meter.bin_sums(x.abs(), shared[key]))
+                sums[name] = [old + y.double() for old, y in zip(sums.get(name, (0, 0, 0)), new)]
     for name in layers:
         count, *totals = (x.cpu() for x in sums[name])
         signed, absolute = (total / count.clamp(min=1) for total in totals)
@@ -59,38 +66,23 @@ def measure(model, frames, layers, notebook=False, batch_size=16):
                        "assigned_selectivity": meter.unit_selectivity(absolute, count)}
     return {key: torch.cat([row[key] for row in rows]).nanmean().item() for key in rows[0]}, units
 
-@torch.no_grad()
-def rmse_with(model, frames, layer, change, batch_size=16):
-    """Mean RMSE of the frames, metres, when the network goes on with change(activation, depth).
-
-    change gets the layer's activation (B, C, h, w) and the true depth (B, 1, 48, 64).
-    """
-    errors = []
-    for _, image, depth in frames.batches(batch_size):
-        hook = model.get_submodule(meter.LAYERS[layer]).register_forward_hook(
-            lambda module, inputs, activation, depth=depth: change(activation, depth))
-        with hook:                                     # removes it at its end
-            errors.append(data.depth_metrics(model(data.normalise(image / 255)), depth)["rmse_m"])
-    return torch.cat(errors).nanmean().item()
-
 def switch_off(units, value):
-    """Ablation: a change that sets `units` (indices) to their value; value (C,)."""
+    """Ablation: a change for `measure` that sets `units` (indices) to their value; value (C,)."""
     off = torch.zeros_like(value, dtype=torch.bool).index_fill(0, units.to(value.device), True)
     return lambda x, depth: torch.where(off[:, None, None], value[:, None, None], x)
 
 def give_mean(unit, response, edges):
-    """Correction (You et al.): a change that makes a unit answer as on average at that depth.
+    """Correction (You et al.): a change that makes a unit answer as on average at the true depth.
 
-    response (K,) signed, of depth bins with edges (K+1,); a cell of several pixels gets their mean.
-    Where depth is missing, nothing changes.
+    response (K,) signed, of depth bins with edges (K+1,). A cell of several pixels gets their mean;
+    cells with missing depth stay as they are.
     """
-    table = F.pad(torch.stack([response, torch.ones_like(response)]), (1, 1))  # missing, beyond: 0
+    table = F.pad(response, (1, 1), value=math.nan)                        # missing, beyond: nan
 
     def change(x, depth):
-        bins = torch.bucketize(depth[:, 0], edges)                         # (B, H, W)
-        wanted, weight = F.adaptive_avg_pool2d(table[:, bins], x.shape[-2:])   # (B, h, w) each
+        mean = F.adaptive_avg_pool2d(table[torch.bucketize(depth[:, 0], edges)], x.shape[-2:])
         x = x.clone()
-        x[:, unit] = (wanted / weight).where(weight > 0, x[:, unit])
+        x[:, unit] = mean.where(mean.isfinite(), x[:, unit])
         return x
 
     return change
@@ -101,25 +93,26 @@ def ablate(model, frames, layer, r, replacement, batch_size=16):
     r: units[layer] of `measure`; a unit that is off answers "zero", or its "mean" over all pixels.
     """
     value = (r["signed"] * r["count"]).sum(1) / r["count"].sum() * (replacement == "mean")
-    ranked = r["selectivity"].argsort(descending=True)
-    orders = {"most selective first": ranked, "least selective first": ranked.flip(0)}
+    value, ranked = value.float().to(frames.device), r["selectivity"].argsort(descending=True)
+    orders = {ORDERS[0]: ranked, ORDERS[1]: ranked.flip(0)}
     for n in range(RANDOM_ORDERS):
         chance = torch.Generator().manual_seed(n)
-        orders[f"random {n}"] = torch.randperm(len(value), generator=chance)
+        orders[f"{ORDERS[2]} {n}"] = torch.randperm(len(value), generator=chance)
     counts, rows = sorted({round(len(value) * n / 8) for n in range(9)}), []
-    show = data.progress(f"ablate {layer}", len(orders) * len(counts), "passes")
+    show = data.progress(f"ablate {layer}", len(orders) * len(counts) * len(frames))
     for (order, units), n in itertools.product(orders.items(), counts):
-        change = switch_off(units[:n], value.float().to(frames.device))
+        change = layer, switch_off(units[:n], value)
+        metrics, _ = measure(model, frames, [], batch_size=batch_size, change=change)
         rows.append({"layer": layer, "replaced_by": replacement, "order": order, "units_off": n,
-                     "rmse_m": rmse_with(model, frames, layer, change, batch_size)})
-        show(len(rows))
+                     "rmse_m": metrics["rmse_m"]})
+        show(len(rows) * len(frames))
     return rows
 
 def draw_layer(title, r, path):
     """Two figures of a layer: a bar chart over depth for each unit, and all units in one map."""
     edges, response = r["edges"].numpy(), r["signed"].abs().numpy()        # (C, K)
-    columns = 8 if len(response) <= 64 else 10
-    lines = -(-len(response) // columns)
+    columns = 8 if len(response) <= 64 else 16                             # METER's divide by it
+    lines = len(response) // columns
     figure = Figure(figsize=(1.7 * columns, 1.15 * lines + 1.1), layout="constrained")
     axes = figure.subplots(lines, columns, sharex=True, squeeze=False).flat
     for unit, (axis, values) in enumerate(zip(axes, response)):
@@ -129,8 +122,6 @@ def draw_layer(title, r, path):
         axis.stairs(values, edges, fill=True, color=colour)
         axis.set_title(f"unit {unit}: {r['selectivity'][unit]:.2f}", fontsize=8, pad=2)
         axis.set(yticks=[], xlim=(0, edges[-1]))
-    for axis in axes[len(response):]:
-        axis.axis("off")
     figure.suptitle(f"{title}: |mean activation| of each unit over depth, and its selectivity\n"
                     "colour: depth of its peak; orange: the bin that training assigns", fontsize=10)
     figure.supxlabel("depth in metres", fontsize=10)
@@ -164,19 +155,19 @@ def draw_overview(results, path):
 
 def draw_ablation(rows, path):
     """RMSE against the number of units off: a panel for each checkpoint and layer."""
-    panels = {}
-    for row in rows:  # panel -> order, all random ones as one -> units off -> RMSEs
-        orders = panels.setdefault(f"{row['checkpoint']}, {row['layer']}", {})
-        order = orders.setdefault(row["order"].rstrip(" 0123456789"), {})
-        order.setdefault(row["units_off"], []).append(row["rmse_m"])
+    panels = [list(group) for _, group in itertools.groupby(
+        rows, lambda row: f"{row['checkpoint']}, {row['layer']}")]
     figure = Figure(figsize=(4.2 * len(panels), 3.5), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axis, (title, orders) in zip(axes, panels.items()):
-        for (order, points), colour in zip(orders.items(), ("tab:red", "tab:blue", "gray")):
-            errors = np.array(list(points.values()))                       # (counts, orders)
-            axis.plot(list(points), errors.mean(1), ".-", color=colour, label=order)
-            axis.fill_between(list(points), errors.min(1), errors.max(1), color=colour, alpha=0.2)
-        axis.set(title=title, xlabel=f"units off (set to {rows[0]['replaced_by']})")
+    for axis, panel in zip(axes, panels):
+        for order, colour in zip(ORDERS, ("tab:red", "tab:blue", "gray")):
+            own = [row for row in panel if row["order"].startswith(order)]
+            counts = sorted({row["units_off"] for row in own})
+            errors = np.reshape([row["rmse_m"] for row in own], (-1, len(counts)))
+            axis.plot(counts, errors.mean(0), ".-", color=colour, label=order)
+            axis.fill_between(counts, errors.min(0), errors.max(0), color=colour, alpha=0.2)
+        axis.set(title="{checkpoint}, {layer}".format(**panel[0]),
+                 xlabel=f"units off (set to {rows[0]['replaced_by']})")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("RMSE, metres")
     axes[0].legend(fontsize=8)
@@ -217,7 +208,7 @@ def draw_activations(model, image, depth, units, path):
         r, activation = units[layer], features[layer][:, unit].abs().cpu() # (n, h, w)
         wanted = F.pad(preferred(r)[unit].float(), (1, 1))                 # missing, beyond: 0
         inside = wanted[torch.bucketize(shown, r["edges"])]                # (n, 48, 64)
-        left = f"|activation|, {layer} unit {unit}: s = {r['selectivity'][unit]:.2f}"
+        left = f"|{layer} unit {unit}|: s = {r['selectivity'][unit]:.2f}"
         right = f"its depths, around {r['peak_m'][unit]:.1f} m"
         magma = {"cmap": "magma", "vmin": 0, "vmax": activation.max().item()}
         lines.append([cell for a, b in zip(activation, inside) for cell in (
@@ -309,8 +300,8 @@ def main(argv=None):
                 ablation += [{"checkpoint": label, **row} for row in
                              ablate(model, frames, layer, r, args.ablate, args.batch_size)]
             for k, response in enumerate(r["signed"].float().to(device) if args.correct else ()):
-                change = give_mean(k, response, r["edges"].to(device))
-                error = rmse_with(model, frames, layer, change, args.batch_size)
+                change = layer, give_mean(k, response, r["edges"].to(device))
+                error = measure(model, frames, [], False, args.batch_size, change)[0]["rmse_m"]
                 correction.append({"checkpoint": label, "layer": layer, "unit": k, "rmse_m": error,
                                    "change_m": error - metrics["rmse_m"]})
         results[label] = {
@@ -318,15 +309,12 @@ def main(argv=None):
             "split": args.split, "images": len(frames), **metrics, "layers": layers,
             "mean_selectivity": np.mean([x["selectivity"] for x in layers.values()]).item()}
         if args.viz:
-            depth = torch.cat([depth for _, _, depth in frames.batches(64)]).flatten(1)
-            near, far = ((depth > 0) & (depth < 1.5)).sum(1), (depth > 4).sum(1)
-            best = torch.minimum(near, far).argsort(descending=True)[:3]   # frames that hold both
-            image, depth = frames.fetch(best)
+            spread = torch.cat([x.flatten(1).std(1) for _, _, x in frames.batches(64)])
+            image, depth = frames.fetch(spread.argsort(descending=True)[:3])   # hold near and far
             draw_activations(model, image, depth, units, args.out / f"{label}_activations.png")
         for n in range(0, len(photos), 3):
-            image = torch.stack(photos[n:n + 3]).to(device)
-            target = args.out / f"{label}_photos_{n // 3 + 1}.png"
-            draw_activations(model, image, None, units, target)
+            draw_activations(model, torch.stack(photos[n:n + 3]).to(device), None, units,
+                             args.out / f"{label}_photos_{n // 3 + 1}.png")
     print_table(results)
     data.write_csv(args.out / "units.csv", rows)
     every = list(results.values())

@@ -16,6 +16,7 @@ does neither.
 import argparse
 import contextlib
 import copy
+import io
 import math
 import signal
 import sys
@@ -94,8 +95,6 @@ def evaluate(model, frames, batch_size, layers=(), alpha=0.0, notebook=False):
             prediction = model(data.normalise(image / 255))                   # (B, 1, h, w) metres
             loss = objective(prediction, depth, features, alpha, notebook)["loss"]
         rows.append(data.depth_metrics(prediction, depth) | {"val_loss": loss[None]})
-        if notebook:                                   # its RMSE has a root for each batch
-            rows[-1]["rmse_grey"] = F.mse_loss(prediction, depth)[None].sqrt() * meter.GREY_LEVELS
     return {key: torch.cat([row[key] for row in rows]).nanmean().item() for key in rows[0]}
 
 def draw_curves(rows, path):
@@ -175,15 +174,13 @@ def main(argv=None):
     model = meter.METER(args.variant, meter.GREY_LEVELS if args.notebook else meter.CENTIMETRES)
     if args.resume and last.exists():
         model, state = meter.load_checkpoint(last)
-        if not {"config", "training"} <= set(state):
-            sys.exit(f"error: {last.resolve()} is not of this train.py: choose another --out.")
-        old, grows = state["config"], args.neuron_selective and not args.notebook
-        if args.schedule != "cosine" and not grows and args.epochs > state["epoch"]:
+        old, grows = state.get("config", {}), args.neuron_selective and not args.notebook
+        if args.schedule != "cosine" and not grows and args.epochs > old.get("epochs", 0):
             old["epochs"] = args.epochs                # neither rate nor alpha was laid out for it
         if differ := [f"{key} {old.get(key)}, not {config[key]}" for key in config
                       if old.get(key) != config[key]]:
-            sys.exit(f"error: {last.resolve()} (schedule {old['schedule']}) has other settings: "
-                     f"{', '.join(differ)}.")
+            sys.exit(f"error: {last.resolve()} (schedule {old.get('schedule')}) has other "
+                     f"settings: {', '.join(differ)}. Give the same, or another --out.")
     elif not args.resume and (args.out / "config.json").exists():
         sys.exit(f"error: {args.out.resolve()} holds a run: --resume it, or choose another --out.")
     elif args.init:
@@ -201,6 +198,7 @@ def main(argv=None):
     autocast = torch.autocast(device.type, kind, enabled=amp != "off")
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     torch.set_float32_matmul_precision("high")         # TF32 on a GPU, for what stays fp32
+    torch.backends.cudnn.allow_tf32 = False            # the loss squares centimetres
     torch.backends.cudnn.deterministic = True          # same seed, same machine, same result
     model.to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model)                     # over some 100 steps: what is judged, saved
@@ -243,7 +241,8 @@ def main(argv=None):
                    "config": config, "rows": rows, "best_score": best_score, "epoch": epoch,
                    "step": step, "history": history, "training": model.state_dict(),
                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        data.write(path, lambda file: torch.save(content, file))
+        torch.save(content, buffer := io.BytesIO())    # of a full disk it says nothing useful
+        data.write(path, lambda file: file.write_bytes(buffer.getbuffer()))
 
     stop = []                                          # Ctrl-C or SIGTERM; a second ends at once
     def note(number, _):
@@ -282,12 +281,8 @@ def main(argv=None):
                     break                              # a GPU would have to wait for this answer
             for at, values in enumerate(history[:step + 1].tolist()):
                 if bad := [name for name, x in zip(terms, values) if not math.isfinite(x)]:
-                    blame = [f", as is the depth of {source.name(train.pool, train.indices[row])}"
-                             for row in order.split(args.batch_size)[at]
-                             if not train.fetch(row[None])[1].isfinite().all()]
                     sys.exit(f"error: epoch {epoch + 1}, step {at + 1}: {', '.join(bad[1:] or bad)}"
-                             f" is nan or infinite{''.join(blame[:1])}: try a lower --lr or --amp "
-                             "off. last.pt is unharmed.")
+                             " is nan or infinite: try a lower --lr or --amp off. last.pt is kept.")
             if stop and step + 1 < steps:
                 save(last, epoch, step + 1)
                 sys.exit(f"stopped in epoch {epoch + 1} after step {step + 1}/{steps}: --resume.")

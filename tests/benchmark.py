@@ -187,8 +187,11 @@ def main():
         pairs.append((folder / f"{n}.jpg", folder / f"{n}.png"))
         Image.fromarray(photo.permute(1, 2, 0).numpy()).save(pairs[-1][0])
         Image.fromarray(photo[0].numpy() | 1).save(pairs[-1][1])
-    jpeg = object.__new__(data.KaggleFolder)
-    jpeg.pools, jpeg.faults = {"train": pairs}, []
+    (folder / "data").mkdir()
+    for pool in "train", "test":
+        rows = "".join(f"{photo},{depth}\n" for photo, depth in pairs)
+        (folder / "data" / f"nyu2_{pool}.csv").write_text(rows)
+    jpeg = data.kaggle_folder(folder)
 
     def pillow():
         for photo, depth in pairs:

@@ -240,7 +240,7 @@ def test_write_replaces_a_file_in_one_step_or_leaves_it(tmp_path, monkeypatch):
     path = tmp_path / "new" / "x.json"
     data.write_json(path, {"a": 1})
     with pytest.raises(ZeroDivisionError):
-        data.write(path, lambda file: file.write(b"half") / 0)
+        data.write(path, lambda file: file.write_bytes(b"half") / 0)
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(data.os, "replace", full)
@@ -309,8 +309,8 @@ FAULTS = {  # what is broken (--data is its first folder, or itself); how; what 
     ".mat not HDF5": ("x.mat", lambda path: path.write_text("MATLAB 5.0"), "HDF5"),
     ".mat cut short": ("x.mat", keep(0.5), "HDF5"),
     ".mat without depths": ("x.mat", edit(lambda file: file.pop("depths")), "depths"),
-    ".mat with nan": ("x.mat", edit(lambda file: put(file["depths"], math.nan)), "frame 3 "),
-    ".mat in mm": ("x.mat", edit(lambda file: put(file["depths"], 2000)), "frame 3 "),
+    ".mat with nan": ("x.mat", edit(lambda file: put(file["depths"], math.nan)), "frame 3:"),
+    ".mat in mm": ("x.mat", edit(lambda file: put(file["depths"], 2000)), "frame 3:"),
     ".h5 not ours": ("x.h5", edit(lambda file: file.attrs.pop("format")), "packed"),
     ".h5 of another version": ("x.h5", edit(lambda file: put_format(file, "frames 99")), "99"),
     ".h5 cut short": ("x.h5", keep(0.5), "HDF5"),
@@ -352,7 +352,7 @@ def test_all_broken_frames_are_counted_and_the_first_twenty_listed(nyu, tmp_path
     for image in broken:
         keep(0.3)(image)
     message = refuse(root, script, tmp_path)
-    listed = [image for image in broken if f"{image} and" in message]
+    listed = [image for image in broken if f"'{image}'," in message]
     assert "25 " in message.splitlines()[0] and len(listed) == 20
 
 

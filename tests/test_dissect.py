@@ -235,8 +235,8 @@ def test_switching_units_off_equals_zeroing_the_weights_that_read_them(network, 
         whole = torch.cat([network(image) for image, _ in batches(frames)])
     width = features[layer].shape[1]
     units = torch.arange(7)
-    change = dissect.switch_off(units, torch.zeros(width))
-    error = dissect.rmse_with(network, frames, layer, change)
+    change = layer, dissect.switch_off(units, torch.zeros(width))
+    error = dissect.measure(network, frames, [], change=change)[0]["rmse_m"]
 
     edited = METER("xxs").eval()
     edited.load_state_dict(network.state_dict())
@@ -284,8 +284,7 @@ def test_correction_gives_each_cell_the_mean_response_to_its_true_depth(frames, 
                 top, left = i * 48 // size[0], j * 64 // size[1]
                 own = number[top:max(top + 1, (i + 1) * 48 // size[0]),
                              left:max(left + 1, (j + 1) * 64 // size[1])]
-                known = [response[k] for k in own.flatten() if k >= 0]
-                wanted = sum(known) / len(known) if known else x[b, 1, i, j]
+                wanted = response[own].mean() if (own >= 0).all() else x[b, 1, i, j]
                 assert changed[b, 1, i, j].item() == pytest.approx(float(wanted), abs=1e-5)
     assert torch.equal(changed[:, [0, 2]], x[:, [0, 2]])
 
