@@ -28,8 +28,8 @@ from PIL import Image
 
 SIZE, DEPTH_SIZE = (192, 256), (48, 64)                # height, width: METER's input and output
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # ImageNet's, of RGB in 0..1
-METRES_PER_LEVEL = {"train": 10 / 255, "test": 1 / 1000}         # 8-bit train, 16-bit test PNGs
-DEPTH_MODES = {"train": ("L",), "test": ("I;16", "I;16B", "I")}  # the same, as Pillow names them
+DEPTH_PNG = {  # metres per level, and modes of Pillow: 8-bit train, 16-bit test PNGs
+    "train": (10 / 255, ("L",)), "test": (1 / 1000, ("I;16", "I;16B", "I"))}
 KAGGLE_MOUNT = Path("/kaggle/input/nyu-depth-v2/nyu_data")
 PACKED = "METER frames, version 1"                     # attribute `format` of a packed .h5
 AUGMENT_DRAWS = 11                                     # random numbers `augment` takes for a frame
@@ -54,7 +54,6 @@ def make_rooms(indices, seed=0, device="cpu"):
         return (low + (high - low) * uniform).to(device)
     def hashed(x):  # -1 .. 1, different wherever x is
         return (x.sin() * 43758.5).frac()
-
     # Room and camera: x right, y up, z forward in metres, the origin in the middle of the room.
     size = draw((1.2, 3), (1.2, 1.5), (1.4, 4.6))                          # (B, 3, 1), half of it
     camera = draw((-.4, .4), (-.2, .15), (-.9, .2)) * size
@@ -98,8 +97,7 @@ def make_rooms(indices, seed=0, device="cpu"):
 class Source:
     """Frames in two pools, "train" and "test"; `faults` collects what is wrong with them."""
     def __init__(self, path, names, read=None):
-        # names: of each pool what tells its frames apart, files or numbers from 0;
-        # read(pool, name): Pillow's image and depth, metres per unit of depth.
+        # names[pool]: files, or numbers from 0; read(pool, name): Pillow's image, depth, its unit
         self.path, self.names, self.read, self.faults = path, names, read, []
         self.sizes = {pool: len(frames) for pool, frames in names.items()}
 
@@ -119,7 +117,6 @@ class Source:
             except Exception as error:  # noqa: BLE001  a damaged file may raise almost anything
                 self.faults.append(f"{self.name(pool, i)}: {error}")
                 return np.zeros((*SIZE, 3), np.uint8), np.ones((1, *DEPTH_SIZE), np.float32)
-
         with ThreadPoolExecutor(os.cpu_count()) as threads:    # at once: Pillow frees the GIL
             pairs = zip(*threads.map(decode, indices))
             return tuple(torch.from_numpy(np.stack(part)) for part in pairs)
@@ -127,7 +124,7 @@ class Source:
 def kaggle_folder(path):
     """nyu_data, or its parent: data/nyu2_train.csv and nyu2_test.csv list pairs of files."""
     root, names = path if (path / "data").is_dir() else path / "nyu_data", {}
-    for pool in METRES_PER_LEVEL:
+    for pool in DEPTH_PNG:
         index = (root / "data" / f"nyu2_{pool}.csv").resolve()
         if not index.is_file():
             sys.exit(f"error: {index} does not exist.\n{HOW_TO_GET_NYU}")
@@ -135,14 +132,12 @@ def kaggle_folder(path):
         if odd := [row for row in rows or ["nothing"] if len(row) != 2]:
             sys.exit(f"error: {index}: {odd[0]} is no image and depth. Get the CSV again.")
         names[pool] = [[str((root / cell).resolve()) for cell in row] for row in rows]
-
     def read(pool, files):
-        image, depth = map(Image.open, files)
-        if image.mode not in ("RGB", "RGBA", "P", "L", "LA") or depth.mode not in DEPTH_MODES[pool]:
+        (image, depth), (metres, modes) = map(Image.open, files), DEPTH_PNG[pool]
+        if image.mode not in ("RGB", "RGBA", "P", "L", "LA") or depth.mode not in modes:
             raise ValueError(f"image {image.mode}, depth {depth.mode}: save them as RGB and grey, "
                              "8-bit for training, 16-bit for the test")
-        return image.convert("RGB"), depth, METRES_PER_LEVEL[pool]
-
+        return image.convert("RGB"), depth, metres
     return Source(path, names, read)
 
 def labeled_mat(path, raw_depth):
@@ -152,11 +147,9 @@ def labeled_mat(path, raw_depth):
         sys.exit(f"error: {path} lacks images or {key}: it is no nyu_depth_v2_labeled.mat.")
     images, depths = file["images"], file[key]
     bits = np.unpackbits(np.frombuffer(base64.b64decode(TEST_BITS), np.uint8))[:len(depths)]
-
     def read(pool, i):
         image, depth = (np.ascontiguousarray(x[i].T) for x in (images, depths))
         return Image.fromarray(image), Image.fromarray(depth.astype(np.float32)), 1
-
     return Source(path, {"train": np.flatnonzero(bits == 0), "test": np.flatnonzero(bits)}, read)
 
 class Packed(Source):
@@ -201,15 +194,12 @@ def open_source(path, raw_depth=False, rooms=400, device="cpu"):
 
 def split_indices(sizes, split, notebook=False):
     """(pool, range) of "train", "val" or "test". In file order: a random split would leak scenes.
-
-    Ours: test is the source's own, val the last 10 % of train. The notebook's: 80/10/10 of train.
-    """
+    Ours: test is the source's own, val the last 10 % of train. Notebook's: 80/10/10 of train."""
     if split == "test" and not notebook:
         return "test", range(sizes["test"])
     n = sizes["train"]
-    train, val = (int(0.8 * n), int(0.1 * n)) if notebook else (n - n // 10, n // 10)
-    return "train", {"train": range(train), "val": range(train, train + val),
-                     "test": range(train + val, n)}[split]
+    train, end = (int(0.8 * n), int(0.8 * n) + int(0.1 * n)) if notebook else (n - n // 10, n)
+    return "train", {"train": range(train), "val": range(train, end), "test": range(end, n)}[split]
 
 def progress(label, n):
     """Call the result with how many of n are done: `train 500/716 | 64.2 images/s | 3 s left`."""
@@ -299,12 +289,9 @@ def normalise(image):
 
 def augment(image, depth, draws):
     """METER's augmentations, each with p = 0.5 for each frame (Papa et al.).
-
     image (B, 3, H, W) RGB 0..1; depth (B, 1, h, w) metres; draws (B, AUGMENT_DRAWS) in 0..1.
-    Mirror; another channel order; colours b * rgb ** g * e, all in 0.9..1.1; depth +-10 cm.
-    Unlike METER's release, gamma acts on 0..1 (on 0..255 it saturates), no channel is repeated and
-    missing depth stays missing. No crop, and no vertical flip: in the release it does nothing.
-    """
+    Mirror; another channel order; colours b * rgb ** g * e, all in 0.9..1.1; depth +-10 cm. Not as
+    in the release: gamma on 0..255, repeated channels, crops, a vertical flip of no effect."""
     draws = draws[:, :, None, None, None].to(image.device)                 # (B, D, 1, 1, 1)
     mirror, permute, recolour, shift = (draws[:, :4] < 0.5).unbind(1)      # (B, 1, 1, 1) each
     image, depth = (torch.where(mirror, x.flip(3), x) for x in (image, depth))
@@ -318,10 +305,8 @@ def augment(image, depth, draws):
 
 def depth_metrics(prediction, depth):
     """The usual NYU metrics of each frame: a dict of (B,) tensors, nan where nothing was measured.
-
     prediction, depth (B, 1, h, w) metres; pixels with 1e-3 < depth < 10, no crop, the prediction
-    clamped to that. delta_i: share of pixels with max(p/d, d/p) < 1.25 ** i.
-    """
+    clamped to that. delta_i: share of pixels with max(p/d, d/p) < 1.25 ** i."""
     valid, p, d = (depth > 1e-3) & (depth < 10), prediction.clamp(1e-3, 10), depth.clamp(1e-3, 10)
     maps = {"rmse_m": (p - d).square(), "rel": (p - d).abs() / d, "log10": (p / d).log10().abs(),
             **{f"delta{i}": (torch.maximum(p / d, d / p) < 1.25 ** i).float() for i in (1, 2, 3)}}
@@ -391,7 +376,6 @@ def pack(source, path):
                 for rows, image, depth in read_blocks(source, pool, range(n), f"pack {pool}"):
                     images[rows], depths[rows] = image, depth
             stop_on_faults(source)
-
     write(path, save)
 
 def number(kind, low=-math.inf, high=math.inf):

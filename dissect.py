@@ -25,19 +25,17 @@ from PIL import Image, ImageOps
 import data
 import model as meter
 
-COLUMNS = ("selectivity", "peak_bin", "peak_m", "assigned_bin", "assigned_selectivity")  # units.csv
+COLUMNS = "unit", "selectivity", "peak_bin", "peak_m", "assigned_bin", "assigned_selectivity"
 ORDERS = "most selective first", "least selective first", "random"       # of ablation
 RANDOM_ORDERS = 5                                      # to see their spread
 
 @torch.no_grad()
 def measure(model, frames, layers, notebook=False, batch_size=16, change=None):
     """One pass over the frames for all layers together, in fp32: (metrics, units).
-
     metrics: means of data.depth_metrics. units: for each layer a dict of CPU tensors: edges (K+1,)
     of the depth bins in metres, count (K,) pixels, signed (C, K) and absolute (C, K), the means of
     activation and |activation| in each bin, and (C,) each, what units.csv holds. With `change`, a
-    pair (layer, function), the network goes on with function(activation (B, C, h, w), true depth).
-    """
+    pair (layer, function), the network goes on with function(activation, true depth) there."""
     rows, sums, units, depth = [], {}, {}, None
     with meter.record(model, layers) as features, contextlib.ExitStack() as hooks:
         if change:
@@ -60,8 +58,9 @@ def measure(model, frames, layers, notebook=False, batch_size=16, change=None):
         signed, absolute = (total / count.clamp(min=1) for total in totals)
         edges, peak = meter.layer_thresholds(len(signed), notebook), signed.abs().argmax(1)
         units[name] = {"edges": edges, "count": count, "signed": signed, "absolute": absolute,
-                       "selectivity": meter.selectivity(signed.abs(), peak), "peak_bin": peak,
+                       "unit": torch.arange(len(peak)), "peak_bin": peak,
                        "peak_m": (edges[peak] + edges[peak + 1]) / 2,
+                       "selectivity": meter.selectivity(signed.abs(), peak),
                        "assigned_bin": meter.assigned_bins(*signed.shape),
                        "assigned_selectivity": meter.unit_selectivity(absolute, count)}
     return {key: torch.cat([row[key] for row in rows]).nanmean().item() for key in rows[0]}, units
@@ -73,25 +72,19 @@ def switch_off(units, value):
 
 def give_mean(unit, response, edges):
     """Correction (You et al.): a change that makes a unit answer as on average at the true depth.
-
     response (K,) signed, of depth bins with edges (K+1,). A cell of several pixels gets their mean;
-    cells with missing depth stay as they are.
-    """
+    cells with missing depth stay as they are."""
     table = F.pad(response, (1, 1), value=math.nan)                        # missing, beyond: nan
-
     def change(x, depth):
         mean = F.adaptive_avg_pool2d(table[torch.bucketize(depth[:, 0], edges)], x.shape[-2:])
         x = x.clone()
         x[:, unit] = mean.where(mean.isfinite(), x[:, unit])
         return x
-
     return change
 
 def ablate(model, frames, layer, r, replacement, batch_size=16):
     """RMSE as more and more units of a layer are off: rows of ablation.csv, in several orders.
-
-    r: units[layer] of `measure`; a unit that is off answers "zero", or its "mean" over all pixels.
-    """
+    r: units[layer] of `measure`; a unit that is off answers "zero", or its "mean" over pixels."""
     value = (r["signed"] * r["count"]).sum(1) / r["count"].sum() * (replacement == "mean")
     value, ranked = value.float().to(frames.device), r["selectivity"].argsort(descending=True)
     orders = {ORDERS[0]: ranked, ORDERS[1]: ranked.flip(0)}
@@ -179,9 +172,7 @@ def preferred(r):
 
 def choose_units(units):
     """The most selective unit that peaks near, one in the middle, one far: [(layer, unit), ...].
-
-    First choice: units that prefer 3 to 50 % of the pixels, then those in maps of 24 rows or more.
-    """
+    First choice: units that prefer 3 to 50 % of the pixels, then those in maps of 24 rows or up."""
     coarse = {"enc_7", "enc_8", "enc_9", "enc_10", "enc_output", "dec_0", "dec_1"}
     bands = {2: [], 4: [], 10: []}                     # by the depth of the peak, up to so many m
     for layer, r in units.items():
@@ -193,9 +184,7 @@ def choose_units(units):
 
 def draw_activations(model, image, depth, units, path):
     """Units of choose_units: their activation beside the pixels of the depth bins they prefer.
-
-    image (n, 3, 192, 256) uint8; depth (n, 1, 48, 64) metres, or None for the network's prediction.
-    """
+    image (n, 3, 192, 256) uint8; depth (n, 1, 48, 64) metres, or None for the prediction."""
     chosen = choose_units(units)
     with torch.no_grad(), meter.record(model, {layer for layer, _ in chosen}) as features:
         prediction = model(data.normalise(image / 255))
@@ -254,8 +243,7 @@ def parse_args(argv=None):
                    help="switch units off in order of selectivity: to zero, or to the unit's mean")
     p.add_argument("--correct", action="store_true", help="correct units one by one by true depth")
     p.add_argument("--images", nargs="+", type=Path, default=[], metavar="PATH",
-                   help="photos or folders of them: cut to 4:3, resized to 256x192; scale as of a "
-                   "Kinect's camera (63 degrees wide)")
+                   help="photos or folders: cut to 4:3, resized; scale as of a Kinect (63 degrees)")
     p.add_argument("--out", type=Path, default=Path("runs/dissect"), help="folder for the results")
     args = p.parse_args(argv)
     if len(set(args.layers)) < len(args.layers):
@@ -291,9 +279,8 @@ def main(argv=None):
                              "assigned_selectivity": r["assigned_selectivity"].mean().item(),
                              "units": len(r["signed"]), "bins": len(r["count"]),
                              "bins_used": int((r["count"] > 0).sum())}
-            rows += [{"checkpoint": str(path), "layer": layer, "unit": unit,
-                      **{key: r[key][unit].item() for key in COLUMNS}}
-                     for unit in range(len(r["signed"]))]
+            rows += [{"checkpoint": str(path), "layer": layer, **dict(zip(COLUMNS, values))}
+                     for values in zip(*(r[key].tolist() for key in COLUMNS))]
             if args.viz:
                 draw_layer(f"{label}, {layer}", r, args.out / f"{label}_{layer}")
             if args.ablate:

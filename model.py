@@ -107,10 +107,8 @@ class UpBlock(nn.Module):
 
 class METER(nn.Module):
     """METER of size "xxs", "xs" or "s", with the module names of its released weights.
-
     Input (B, 3, H, W), ImageNet-normalised RGB, H and W multiples of 64. Output (B, 1, H/4, W/4),
-    float32 metres: the last convolution answers in units (centimetres; the notebook's grey levels).
-    """
+    float32 metres: the last convolution answers in units (centimetres or the notebook's levels)."""
     def __init__(self, variant="xxs", units_per_metre=CENTIMETRES):
         super().__init__()
         if variant not in VARIANTS:
@@ -152,9 +150,7 @@ class METER(nn.Module):
 
 def load_checkpoint(path):
     """Read our best.pt or last.pt, the notebook's best_meter_model.pth, or METER's raw state dict.
-
-    Returns (METER, content of the file). Ends on any other file, and never runs code inside it.
-    """
+    Returns (METER, content of the file). Ends on any other file, and never runs code inside it."""
     variants = {channels[-1]: variant for variant, (channels, *_) in VARIANTS.items()}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -174,10 +170,8 @@ def load_checkpoint(path):
 @contextmanager
 def record(model, names):
     """Collect activations: `with record(model, ["enc_4"]) as features: model(image)`.
-
     features[name] is (B, C, h, w), signed, attached to the graph, overwritten by each forward pass;
-    also of a model compiled by METER.compile. ValueError for a name that is not in LAYERS.
-    """
+    also of a model compiled by METER.compile. ValueError for a name that is not in LAYERS."""
     if unknown := [name for name in names if name not in LAYERS]:
         raise ValueError(f"unknown layer {', '.join(unknown)}: choose from {', '.join(LAYERS)}")
     features = {}
@@ -190,9 +184,7 @@ def record(model, names):
 # Depth selectivity. A unit's response to a depth bin: its mean activation over that bin's pixels.
 def sid_thresholds(bins, near=0.75, far=10.0):
     """Spacing-increasing discretisation of depth (You et al.): (bins + 1,) metres.
-
-    Bin i holds t[i] < depth <= t[i+1]; t[0] = 0, t[1] = near, t[bins] = far.
-    """
+    Bin i holds t[i] < depth <= t[i+1]; t[0] = 0, t[1] = near, t[bins] = far."""
     if bins < 2 or not 0 < near < far:
         raise ValueError(f"{bins} bins from {near} to {far}: 2 or more, and 0 < near < far")
     thresholds = (far + 1 - near) ** torch.linspace(0, 1, bins, dtype=torch.float64) - (1 - near)
@@ -201,11 +193,9 @@ def sid_thresholds(bins, near=0.75, far=10.0):
 
 def bin_weights(depth, thresholds, size):
     """Weight of every cell of an activation map, h x w = size, in every depth bin: (B, K, h, w).
-
     depth (B, 1, H, W), thresholds (K+1,) in one unit; depth 0 or beyond the last is in no bin.
     Interpolation is linear: a map interpolated to H x W and added up over a bin's pixels equals the
-    map added up under the bin's mask pulled back to h x w. Finer maps: H x W, see `bin_sums`.
-    """
+    map added up under the bin's mask pulled back to h x w. Finer maps: H x W, see `bin_sums`."""
     shape = len(depth), len(thresholds) + 1, *depth.shape[-2:]             # 0 missing, K + 1 beyond
     member = depth.new_zeros(shape).scatter_(1, torch.bucketize(depth, thresholds), 1)[:, 1:-1]
     size = tuple(map(min, size, depth.shape[-2:]))
@@ -236,9 +226,7 @@ def notebook_depth(depth):
 
 def selectivity(response, chosen):
     """(R_chosen - mean of the other R) / (their sum) of each unit (You et al.), -1 .. 1: (C,).
-
-    response (C, K), not negative, 0 for an empty bin; chosen (C,), the bin of each unit.
-    """
+    response (C, K), not negative, 0 for an empty bin; chosen (C,), the bin of each unit."""
     picked = response.gather(1, chosen[:, None]).squeeze(1)
     others = (response.sum(1) - picked) / (response.shape[1] - 1)
     return (picked - others) / (picked + others + 1e-15)
@@ -254,11 +242,9 @@ def unit_selectivity(response, count):
 
 def assigned_selectivity(features, depth, thresholds):
     """The regulariser's term for one layer (You et al.): scalar, -1 .. 1, high is selective.
-
     features (B, C, h, w) as recorded, signed; depth (B, 1, H, W) and thresholds (K+1,) metres.
     Responses are means of |activation| over the batch (the dissection takes |mean|). A unit whose
-    bin is absent from the batch counts 0 and gets no gradient.
-    """
+    bin is absent from the batch counts 0 and gets no gradient."""
     weights = bin_weights(depth, thresholds.to(depth.device), features.shape[-2:])
     count = weights.sum((0, 2, 3))                                         # (K,) pixels
     response = bin_sums(features.abs(), weights) / count.clamp(min=1)  # (C, K); dissect.py: |mean|

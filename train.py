@@ -9,9 +9,8 @@ metrics.json (best.pt on the test split) to runs/baseline or runs/selective.
 The regulariser (You et al. 2021) rewards units that answer to one range of depth only:
     loss = balanced * (1 + alpha * selectivity),   the second `balanced` without gradient.
 So alpha is relative: METER's loss is some hundreds (of centimetres), theirs about 1, and -0.1 just
-added to it would pull a thousandth as hard as in their paper. It grows from 0 in the first tenth of
-the run: units that are pulled apart before they have learnt anything may stay behind. --notebook
-does neither.
+added, as with --notebook, would pull a thousandth as hard as in their paper. It grows from 0 in the
+first tenth of the run: units pulled apart before they have learnt anything may stay behind.
 """
 import argparse
 import contextlib
@@ -35,18 +34,14 @@ NOTEBOOK = {"epochs": 20, "batch_size": 64, "lr": 1e-4, "schedule": "constant", 
 
 def loss_terms(prediction, depth, units_per_metre=meter.CENTIMETRES):
     """The four terms of METER's balanced loss as released, a dict of scalars.
-
     prediction, depth (B, 1, h, w) metres, 0 = missing; the loss is taken in `units_per_metre`. The
-    paper multiplies the gradient term by 0.5, the release divides by it: we divide. Where depth is
-    missing, that pixel and all that a Sobel or SSIM window draws from it is left out of the means.
-    """
+    paper multiplies the gradient term by 0.5, the release divides by it: we divide. Missing pixels
+    and all that a Sobel or SSIM window draws from them are left out of the means."""
     p, d = prediction * units_per_metre, depth * units_per_metre              # (B, 1, h, w)
     missing = (depth <= 0).float()
-
     def mean(x, window, padding=0):
         valid = 1 - F.max_pool2d(missing, window, 1, padding)
         return (x * valid).sum() / valid.sum().clamp(min=1)
-
     sobel = data.constant(((1, 0, -1), (2, 0, -2), (1, 0, -1)), p.device)
     sobel = torch.stack([sobel, sobel.T])[:, None]                            # (2, 1, 3, 3)
     slope_p, slope_d = (F.conv2d(x, sobel, padding=1) for x in (p, d))        # (B, 2, h, w)
@@ -99,9 +94,9 @@ def evaluate(model, frames, batch_size, layers=(), alpha=0.0, notebook=False):
 
 def draw_curves(rows, path):
     """Loss, RMSE and the selectivity of the regularised layers over the epochs."""
-    panels = {"loss (lower is better)": ["loss", "val_loss"], "RMSE on val, metres": ["rmse_m"],
-              "selectivity in training": [key for key in rows[0] if key.startswith("selectivity")]}
-    panels = {title: keys for title, keys in panels.items() if keys}
+    panels = {"loss (lower is better)": ["loss", "val_loss"], "RMSE on val, metres": ["rmse_m"]}
+    if scores := [key for key in rows[0] if key.startswith("selectivity")]:
+        panels["selectivity in training"] = scores
     figure = Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
     for axis, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
         values = [[row[key] for key in keys] for row in rows]                 # a curve a column
@@ -206,8 +201,7 @@ def main(argv=None):
         model.load_state_dict(state["training"])
     means, current = ([x for x in network.state_dict().values() if x.is_floating_point()]
                       for network in (average, model))
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     step_objective = torch.compile(objective, dynamic=False) if args.compile else objective
     if args.compile:
         model.compile(dynamic=False)
@@ -235,7 +229,6 @@ def main(argv=None):
           f"METER {args.variant}, {sum(x.numel() for x in model.parameters()):,} parameters | "
           f"{', '.join(f'{len(x):,} {split}' for split, x in splits.items())} images, fed from "
           f"{train.feed} | alpha {args.alpha if layers else 0} | {args.out.resolve()}", flush=True)
-
     def save(path, epoch, step=0):
         content = {"model": average.state_dict(), "units_per_metre": model.units_per_metre,
                    "config": config, "rows": rows, "best_score": best_score, "epoch": epoch,
@@ -243,11 +236,9 @@ def main(argv=None):
                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         torch.save(content, buffer := io.BytesIO())    # of a full disk it says nothing useful
         data.write(path, lambda file: file.write_bytes(buffer.getbuffer()))
-
     stop = []                                          # Ctrl-C or SIGTERM; a second ends at once
     def note(number, _):
         stop.append(signal.signal(number, signal.SIG_DFL))
-
     with contextlib.ExitStack() as handlers:           # puts the former ones back
         for number in (signal.SIGINT, signal.SIGTERM):
             handlers.callback(signal.signal, number, signal.signal(number, note))
