@@ -199,7 +199,7 @@ def draw_activations(model, image, depth, units, path):
         inside = wanted[torch.bucketize(shown, r["edges"])]                # (n, 48, 64)
         left = f"|{layer} unit {unit}|: s = {r['selectivity'][unit]:.2f}"
         right = f"its depths, around {r['peak_m'][unit]:.1f} m"
-        magma = {"cmap": "magma", "vmin": 0, "vmax": activation.max().item()}
+        magma = {"cmap": "magma", "vmin": 0, "vmax": activation.quantile(0.99).item()}
         lines.append([cell for a, b in zip(activation, inside) for cell in (
             (left, a, "", magma), (right, b, "", {"cmap": "gray", "vmin": 0, "vmax": 1}))])
     data.write_pictures(path, lines)
