@@ -39,10 +39,14 @@ TEST_BITS = (  # the 654 official test frames among the 1,449 labelled ones, one
     "eA4/4wH//H5nPwHw//HwfOADx/+APw/+5/BgAPPwOPAZgAH+f4P8DweA/4A=")
 HOW_TO_GET_NYU = "README, Data, tells how to get NYU Depth V2 (4.1 GB); then point --data to it."
 FOCAL = SIZE[1] * 519 / 640                           # pixels; the Kinect's, as in NYU Depth V2
-FURNITURE = [  # from-to of width, height, depth, bottom in metres, way out to the wall (1: at it)
-    *4 * [((.4, 1.8), (.3, 1.3), (.3, .9), (0, 0), (.4, 1))],        # standing on the floor
-    ((.2, .5), (1, 1), (.2, .5), (1.8, 2.1), (.1, .7)),              # hanging from the ceiling
-    *2 * [((.4, 1.3), (.1, .9), (.03, .25), (1.1, 1.6), (1, 1))]]    # on a wall
+FURNITURE = [  # from-to of width, height, depth, bottom in metres, way out to the wall (1 is at it)
+    ((.5, 1.5), (.6, 2.1), (.3, .6), (0, 0), (1, 1)),       # cabinet
+    ((1.3, 2.2), (.4, .8), (.8, 1), (0, 0), (.6, 1)),       # sofa
+    ((.8, 1.6), (.4, .7), (.6, 1), (0, 0), (.1, .7)),       # table
+    ((.3, .6), (.3, .6), (.3, .6), (0, 0), (.1, 1)),        # stool
+    ((.2, .5), (1, 1), (.2, .5), (1.8, 2.1), (.1, .7)),     # lamp, hanging: the ceiling cuts it off
+    ((.6, 1.2), (.04, .4), (.2, .3), (1.3, 1.7), (1, 1)),   # shelf
+    ((.4, 1.3), (.4, .9), (.03, .04), (1.1, 1.3), (1, 1))]  # picture
 BRIGHTNESS = [(.1, .4), (.3, .7), (.6, .85)] + [(.04, .6)] * 7  # floor, walls, ceiling, furniture
 
 def make_rooms(indices, seed=0, device="cpu"):
@@ -88,7 +92,9 @@ def make_rooms(indices, seed=0, device="cpu"):
     gray, hue, contrast, width = paint.gather(2, kind.expand(-1, 8, -1)).split([1, 3, 1, 3], 1)
     x, y, z = (point * (normal == 0) / width).floor().split(1, 1)
     shade = hashed(x * 127.1 + y * 311.7 + z * 74.7 + kind + draw((0, 99)))
-    light = .7 + (normal * draw((-.3, .3), (0, .3), (-.3, .3))).sum(1, True)   # from far away
+    way = draw((-.6, .6), (.6, .9), (-.6, .6)) * size - point              # to the lamp
+    lamp = torch.cosine_similarity(normal, way)[:, None] / (1 + way.square().sum(1, True) / 6)
+    light = .35 + draw((.6, 1.9)) * lamp.relu() + (normal * draw(*[(-.15, .15)] * 3)).sum(1, True)
     image = (gray * hue * (1 + contrast * shade) * light).clamp(0, 1).sqrt()
     image = (image + .03 * hashed(hashed(pixel) * 78.233 + draw(*[(0, 99)] * 3))).clamp(0, 1)
     return ((image * 255).byte().view(-1, 3, *SIZE),
@@ -101,9 +107,6 @@ class Source:
         self.path, self.names, self.read, self.faults = path, names, read, []
         self.sizes = {pool: len(frames) for pool, frames in names.items()}
 
-    def name(self, pool, i):
-        return f"{self.path}, {pool} frame {self.names[pool][i]}"
-
     def frames(self, pool, indices):
         """uint8 (n, 192, 256, 3), metres (n, 1, 48, 64), resampled by Pillow as in the notebook."""
         def decode(i):
@@ -115,7 +118,7 @@ class Source:
                 depth = depth.resize(DEPTH_SIZE[::-1], Image.Resampling.NEAREST)
                 return np.asarray(image), metres * np.asarray(depth, np.float32)[None]
             except Exception as error:  # noqa: BLE001  a damaged file may raise almost anything
-                self.faults.append(f"{self.name(pool, i)}: {error}")
+                self.faults.append(f"{self.path}, {pool} frame {self.names[pool][i]}: {error}")
                 return np.zeros((*SIZE, 3), np.uint8), np.ones((1, *DEPTH_SIZE), np.float32)
         with ThreadPoolExecutor(os.cpu_count()) as threads:    # at once: Pillow frees the GIL
             pairs = zip(*threads.map(decode, indices))
@@ -223,8 +226,9 @@ def read_blocks(source, pool, indices, label, block=256):
         numbers = indices[start:start + block]
         image, depth = source.frames(pool, numbers)
         fine = ((depth >= 0) & (depth <= 100)).flatten(1).all(1) & depth.flatten(1).any(1)
-        source.faults += [f"{source.name(pool, i)}: depth is nan, negative, above 100 m or missing "
-                          "everywhere" for i, good in zip(numbers, fine) if not good]
+        source.faults += [f"{source.path}, {pool} frame {source.names[pool][i]}: depth is nan, "
+                          "negative, above 100 m or missing everywhere"
+                          for i, good in zip(numbers, fine) if not good]
         yield slice(start, start + len(numbers)), image, depth
         show(start + len(numbers))
 

@@ -207,11 +207,10 @@ def draw_activations(model, image, depth, units, path):
 def read_photo(path):
     """Any photo as METER takes it, uint8 (3, 192, 256): cut to 4:3 in the middle, then resized."""
     try:
-        with Image.open(path) as photo:
-            photo = ImageOps.fit(ImageOps.exif_transpose(photo).convert("RGB"), data.SIZE[::-1])
+        photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except Exception as error:  # noqa: BLE001  a damaged file may raise almost anything
         sys.exit(f"error: --images {path.resolve()} cannot be read: {error}.")
-    return torch.from_numpy(np.array(photo)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(ImageOps.fit(photo, data.SIZE[::-1]))).permute(2, 0, 1)
 
 def print_table(results):
     """Layer by layer, both measures, checkpoints side by side, with differences from the first."""

@@ -113,15 +113,14 @@ def draw_predictions(model, splits, path):
     image, depth = map(torch.cat, zip(*pairs))                 # (4, 3, 192, 256), (4, 1, 48, 64)
     with torch.no_grad():
         prediction = model(data.normalise(image / 255))
-    maps = (x.where(depth > 0, math.nan)[:, 0].cpu()
-            for x in (depth, prediction, prediction - depth))
+    maps = [x.where(depth > 0, math.nan)[:, 0].cpu() for x in (depth, prediction)]
     names, photos = 2 * ["training"] + 2 * ["validation"], image.permute(0, 2, 3, 1).cpu()
     spans = [{"vmin": 0, "vmax": x.max().item()} for x in depth]
     data.write_pictures(path, [
         [(f"{name} image", photo, "", {}), ("true depth", true, "", span),
          ("predicted depth", guess, "metres", span),
-         ("error (red: too near)", error, "metres", {"vmin": -2, "vmax": 2, "cmap": "RdBu"})]
-        for name, photo, true, guess, error, span in zip(names, photos, *maps, spans)])
+         ("error (red: too near)", guess - true, "metres", {"vmin": -2, "vmax": 2, "cmap": "RdBu"})]
+        for name, photo, true, guess, span in zip(names, photos, *maps, spans)])
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
