@@ -289,7 +289,7 @@ def test_correction_gives_each_cell_the_mean_response_to_its_true_depth(frames, 
     assert torch.equal(changed[:, [0, 2]], x[:, [0, 2]])
 
 
-def test_ablation_and_correction_write_their_tables(folder):
+def test_ablation_and_correction_write_their_tables_and_a_figure(folder):
     result, _, out = run(folder, ["cm"], "--layers", "dec_3", "--ablate", "--correct")
     rows = table(out / "ablation.csv")
     assert list(rows[0]) == ["checkpoint", "layer", "replaced_by", "order", "units_off", "rmse_m"]
