@@ -2,7 +2,6 @@
 
 KILLS=200 kills the training process more often than 30 times; TEST_SLOW=1 adds torch.compile.
 """
-import contextlib
 import csv
 import errno
 import json
@@ -13,6 +12,7 @@ import random
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -50,6 +50,19 @@ class GreyRooms(data.Rooms):
         return image, levels * (10 / 255)
 
 
+def small_frames(patch):
+    """A sixth of the pixels: resuming and saving do not depend on them, the time of a run does."""
+    patch.setattr(data, "SIZE", (64, 128))
+    patch.setattr(data, "DEPTH_SIZE", (16, 32))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        small_frames(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     path = tmp_path_factory.mktemp("packed") / "rooms.h5"
@@ -77,6 +90,13 @@ def no_figures(monkeypatch):  # they take most of the time
 
 def run(*words):
     train.main([str(word) for word in words])
+
+
+def run_small(*words):
+    """`run` in a process of its own."""
+    torch.set_num_threads(1)
+    small_frames(pytest.MonkeyPatch())
+    run(*words)
 
 
 def end(*words):
@@ -241,11 +261,14 @@ def test_alpha_is_relative_to_the_loss_in_value_and_gradient_and_literal_in_the_
             torch.testing.assert_close(slope, a + factor * b)
 
 
-def test_notebook_training_equals_a_literal_loop(packed, tmp_path, monkeypatch):
+def test_notebook_training_equals_a_literal_loop(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SIZE", (192, 256))
+    monkeypatch.setattr(data, "DEPTH_SIZE", (48, 64))
+    data.pack(GreyRooms(12, "cpu"), packed := tmp_path / "rooms.h5")
     names, steps = ["dec_3", "enc_4", "enc_7"], []
     on_call(monkeypatch, train, "objective", 1, lambda terms: steps.append(terms) or terms)
     run("--data", packed, "--notebook", "--neuron-selective", "--layers", *names, "--alpha", -0.5,
-        "--epochs", 1, "--batch-size", 4, "--seed", 3, "--out", tmp_path)
+        "--epochs", 1, "--batch-size", 4, "--seed", 3, "--out", tmp_path / "run")
 
     image, depth = GreyRooms(12, "cpu").frames("train", range(9))  # 80 % of the 12, in file order
     image, levels = data.normalise(image.permute(0, 3, 1, 2) / 255), (depth * 25.5).round()
@@ -332,8 +355,9 @@ def test_alpha_grows_over_the_first_tenth_but_not_in_the_notebook(flags, tmp_pat
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(flags, unbroken, tmp_path):
-    run(*flags, "--out", tmp_path / "same")
-    assert_same_run(unbroken, tmp_path / "same")
+    for _ in range(2):                                         # from nothing, and finished
+        run(*flags, "--out", tmp_path / "same", "--resume")
+        assert_same_run(unbroken, tmp_path / "same")
     run(*flags, "--seed", 1, "--out", tmp_path / "other")
     assert log(tmp_path / "other") != log(unbroken)
 
@@ -365,8 +389,7 @@ def test_a_compiled_run_follows_the_plain_one(flags, unbroken, tmp_path):
     assert compiled == pytest.approx(plain, rel=1e-3)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize("number, step", [(signal.SIGINT, 1), (signal.SIGTERM, 5)])
 def test_a_signal_stops_after_the_step_and_resume_equals_an_unbroken_run(
         flags, unbroken, tmp_path, monkeypatch, number, step):
     before, during = signal.getsignal(number), []
@@ -394,53 +417,44 @@ def test_a_signal_also_stops_a_run_of_one_step_an_epoch(packed, tmp_path, monkey
     assert len(calls) < 3 and state(tmp_path / "last.pt")["epoch"] < 4
 
 
-class Killed(BaseException):
-    pass
-
-
-# Writes: config; best, log and last of two epochs; metrics. Without a second best, one less.
-@pytest.mark.parametrize("place, write", [("fsync", 2), ("fsync", 4),
-                                          *(("replace", n) for n in range(1, 9))])
 def test_a_run_that_dies_in_any_write_resumes_to_the_same_end(
-        flags, unbroken, tmp_path, monkeypatch, place, write):
-    def die(_):
-        raise Killed
+        flags, unbroken, tmp_path, monkeypatch):
+    genuine, out, died = os.replace, tmp_path / "out", []
 
-    with monkeypatch.context() as patch, contextlib.suppress(Killed):
-        on_call(patch, os, place, write, die)
-        run(*flags, "--out", tmp_path)
-    run(*flags, "--out", tmp_path, "--resume")
-    assert_same_run(unbroken, tmp_path)
+    def replace(temporary, path):
+        died.append(shutil.copytree(out, tmp_path / f"died in write {len(died)}"))
+        genuine(temporary, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        run(*flags, "--out", out)
+    # config; best, log and last of two epochs; metrics. Without a second best, one less.
+    assert len(died) in (7, 8) and all(list(folder.glob(".*.tmp")) for folder in died)
+    for folder in died:
+        run(*flags, "--out", folder, "--resume")
+        assert_same_run(unbroken, folder)
 
 
 def test_a_killed_process_resumes_to_the_same_end(flags, unbroken, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     server = multiprocessing.get_context("forkserver")         # imports torch once, then forks
-    server.set_forkserver_preload(["train"])
+    server.set_forkserver_preload([__name__])
     chance, kills, done, seconds = random.Random(0), int(os.environ.get("KILLS", "30")), 0, 1.0
     while True:
         out, start = tmp_path / str(done), time.monotonic()
-        words = [*map(str, flags), "--out", str(out), "--resume"]
-        run = server.Process(target=train.main, args=(words,))
-        run.start()
-        run.join(chance.uniform(0, seconds) if kills else None)
-        if run.is_alive():
-            run.kill()                                         # SIGKILL, also inside a save
-            run.join()
+        process = server.Process(target=run_small, args=(*flags, "--out", out, "--resume"))
+        process.start()
+        process.join(chance.uniform(0, seconds) if kills else None)
+        if process.is_alive():
+            process.kill()                                     # SIGKILL, also inside a save
+            process.join()
             kills -= 1
             continue
-        assert run.exitcode == 0
+        assert process.exitcode == 0
         assert_same_run(unbroken, out)
         seconds, done = max(seconds, time.monotonic() - start), done + 1       # on to a fresh run
         if not kills:
             break
-
-
-def test_resuming_a_finished_run_or_an_empty_folder_works(flags, unbroken, tmp_path):
-    for _ in range(2):
-        run(*flags, "--out", tmp_path, "--resume")
-        assert_same_run(unbroken, tmp_path)
 
 
 def test_resume_refuses_other_settings_and_says_which(flags, unbroken):
