@@ -1,9 +1,12 @@
 """How fast is what, side by side in one run: python tests/benchmark.py [--quick]
 
 Every line is a median after warm-up, in images per second, with the ratio of its time to the time
-it is compared with; a GPU is synchronised. Nothing is asserted here: machines differ.
+it is compared with. The lines of a block take turns, so that a busy moment of the machine slows all
+of them; a GPU is synchronised. Nothing is asserted here: machines differ.
 """
 import argparse
+import functools
+import os
 import sys
 import tempfile
 import time
@@ -24,24 +27,25 @@ LAYERS = ["dec_3", "enc_4"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def seconds(run, repeats):
-    """Median seconds of run() after two calls of warm-up."""
-    times = []
-    for n in range(repeats + 2):
-        start = time.perf_counter()
-        run()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[2:]))
-
-
-def report(name, images, own, base=None):
-    memory = torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else 0
-    ratio = "" if base is None else f"{own / base:10.3f}"
-    print(f"{name:58}{images / own:12.1f}{own * 1e3:12.2f}{ratio:>10}"
-          + (f"{memory:10.0f}" if memory else ""), flush=True)
-    return own
+def race(title, images, repeats, lines):
+    """Prints a block of the table; lines: (name, function, number of the line to compare with)."""
+    print(f"\n{title}")
+    gpu, times, memory = DEVICE.type == "cuda", [[] for _ in lines], [0] * len(lines)
+    for _ in range(repeats + 2):                       # two for warm-up
+        for n, (_, run, _) in enumerate(lines):
+            if gpu:
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            run()
+            if gpu:
+                torch.cuda.synchronize()
+                memory[n] = torch.cuda.max_memory_allocated() / 2**20
+            times[n].append(time.perf_counter() - start)
+    medians = [float(np.median(line[2:])) for line in times]
+    for (name, _, base), own, peak in zip(lines, medians, memory):
+        ratio = "" if base is None else f"{own / medians[base]:.3f}"
+        print(f"{name:58}{images / own:12.1f}{own * 1e3:12.2f}{ratio:>10}"
+              + f"{peak:10.0f}" * gpu, flush=True)
 
 
 def loop_responses(features, depth, thresholds):
@@ -96,8 +100,8 @@ class Step:
         self.optimizer.step()
 
 
-def selectivity_term(image, depth, term, repeats):
-    """Seconds of the regulariser alone, forward and backward, on recorded activations."""
+def selectivity_term(image, depth, term):
+    """The regulariser alone, forward and backward, on recorded activations."""
     model = meter.METER().to(DEVICE)
     with torch.no_grad(), meter.record(model, LAYERS) as features:
         model(data.normalise(image / 255))
@@ -107,7 +111,20 @@ def selectivity_term(image, depth, term, repeats):
         sum(term(leaf, depth, meter.layer_thresholds(leaf.shape[1], False, DEVICE))
             for leaf in leaves).backward()
 
-    return seconds(run, repeats)
+    return run
+
+
+def step_lines(image, depth, quick):
+    lines = [("eager fp32 NCHW, as the notebook", Step(image, depth, nchw=True), None)]
+    for amp in ["off", "bf16"] + ["fp16"] * (DEVICE.type == "cuda"):
+        for compiled in [False] + [True] * (not quick):
+            kind, plain = amp.replace("off", "ours, fp32") + " compiled" * compiled, len(lines)
+            choices = {"amp": amp, "compiled": compiled}
+            lines += [(f"{kind} (ratio to the notebook)", Step(image, depth, **choices), 0),
+                      ("  with the regulariser (ratio to without)",
+                       Step(image, depth, LAYERS, **choices), plain)]
+    loop = "  as fp32 with a loop over images and bins (ratio to fp32)"
+    return [*lines, (loop, Step(image, depth, LAYERS, loop=True), 1)]
 
 
 def main():
@@ -125,36 +142,15 @@ def main():
     packed = data.Packed(folder / "rooms.h5")
     frames = data.Frames(packed, "train", DEVICE, "device", limit=max(sizes))
     for size in sizes:
-        _, image, depth = next(frames.batches(min(size, len(frames))))
-        size = len(image)
-        print(f"\ntraining step, batch {size}")
-        notebook = report("eager fp32 NCHW, as the notebook", size, seconds(
-            Step(image, depth, nchw=True), repeats))
-        plain = report("ours: channels last, fused AdamW", size, seconds(
-            Step(image, depth), repeats), notebook)
-        report("  with the regulariser (ratio to plain)", size, seconds(
-            Step(image, depth, LAYERS), repeats), plain)
-        report("  with a loop over images and bins", size, seconds(
-            Step(image, depth, LAYERS, loop=True), 3), plain)
-        for amp in ["bf16"] + ["fp16"] * (DEVICE.type == "cuda"):
-            own = report(f"{amp} (ratio to the notebook)", size, seconds(
-                Step(image, depth, amp=amp), repeats), notebook)
-            report(f"  {amp} with the regulariser (ratio to plain {amp})", size, seconds(
-                Step(image, depth, LAYERS, amp=amp), repeats), own)
-            if not args.quick:
-                own = report(f"{amp} compiled (ratio to the notebook)", size, seconds(
-                    Step(image, depth, amp=amp, compiled=True), repeats), notebook)
-                report(f"  {amp} compiled, regulariser (ratio to plain)", size, seconds(
-                    Step(image, depth, LAYERS, amp=amp, compiled=True), repeats), own)
-        ours = report("the regulariser's term alone", size, selectivity_term(
-            image, depth, meter.assigned_selectivity, repeats))
-        report("  as a loop over images and bins (ratio to ours)", size, selectivity_term(
-            image, depth, loop_selectivity, 3), ours)
+        _, image, depth = next(frames.batches(size))
+        race(f"training step, batch {size}", size, repeats, step_lines(image, depth, args.quick))
+        race("the regulariser's term alone, forward and backward", size, repeats, [
+            ("ours", selectivity_term(image, depth, meter.assigned_selectivity), None),
+            ("a loop over images and bins", selectivity_term(image, depth, loop_selectivity), 0)])
 
     size = min(64, len(frames))
     subset = data.Frames(packed, "train", DEVICE, "device", limit=size)
     model = meter.METER().to(DEVICE, memory_format=torch.channels_last).eval()
-    print(f"\ndissection, {size} images, batch 16, all 16 layers")
 
     @torch.inference_mode()
     def forward():
@@ -170,16 +166,17 @@ def main():
                 edges = meter.layer_thresholds(activation.shape[1], False, DEVICE)
                 loop_responses(activation, depth, edges)
 
-    bare = report("bare forward pass", size, seconds(forward, repeats))
-    report("  forward and dissection (ratio to bare)", size, seconds(
-        lambda: dissect.measure(model, subset, list(meter.LAYERS)), repeats), bare)
-    report("  forward and loops over images and bins", size, seconds(loop, 1), bare)
+    race(f"dissection, {size} images, batch 16, all 16 layers", size, repeats, [
+        ("bare forward pass", forward, None),
+        ("  forward and dissection",
+         lambda: dissect.measure(model, subset, list(meter.LAYERS)), 0),
+        ("  forward and loops over images and bins", loop, 0)])
+    race("feeding alone, batch 64", size, repeats, [
+        (f"packed, from {feed}",
+         functools.partial(lambda fed: list(fed.batches(64)),
+                           data.Frames(packed, "train", DEVICE, feed, limit=size)), None)
+        for feed in ["device"] + ["host"] * gpu + ["file"]])
 
-    print("\nfeeding alone, batch 64")
-    for feed in ["device"] + ["host"] * (DEVICE.type == "cuda") + ["file"]:
-        fed = data.Frames(packed, "train", DEVICE, feed, limit=size)
-        report(f"packed, from {feed}", size, seconds(
-            lambda fed=fed: list(fed.batches(64)), repeats))
     noise = torch.rand(size, 3, 24, 32, generator=torch.Generator().manual_seed(0))
     noise = F.interpolate(noise, (480, 640), mode="bicubic").clamp(0, 1).mul(255).byte()
     pairs = []
@@ -199,9 +196,9 @@ def main():
             np.asarray(image.resize((256, 192), Image.Resampling.BILINEAR))
             np.asarray(Image.open(depth).resize((64, 48), Image.Resampling.NEAREST))
 
-    bare = report("bare Pillow, one core: 640x480 JPEG and PNG", size, seconds(pillow, 3))
-    report("decoded by data.py on all cores (ratio to bare)", size, seconds(
-        lambda: jpeg.frames("train", range(size)), 3), bare)
+    race("decoding 640x480 JPEG and PNG", size, repeats, [
+        ("bare Pillow, one core", pillow, None),
+        (f"data.py, {os.cpu_count()} cores", lambda: jpeg.frames("train", range(size)), 0)])
 
 
 if __name__ == "__main__":
