@@ -235,17 +235,17 @@ def assigned_bins(units, bins, device="cpu"):
     """The bin that training gives to each unit, in order: (units,), values 0 .. bins - 1."""
     return torch.arange(units, device=device) * bins // units
 
-def unit_selectivity(response, count):
-    """Selectivity of each unit for its assigned bin: (C,); 0 where that bin holds no pixel."""
+def unit_selectivity(response, count, min_share=0.0):
+    """Selectivity of each unit for its assigned bin: (C,); 0 if that holds a share <= min_share."""
     chosen = assigned_bins(*response.shape, response.device)
-    return selectivity(response, chosen).where(count[chosen] > 0, 0)
+    return selectivity(response, chosen).where(count[chosen] > min_share * count.sum(), 0)
 
-def assigned_selectivity(features, depth, thresholds):
+def assigned_selectivity(features, depth, thresholds, min_share=0.0):
     """The regulariser's term for one layer (You et al.): scalar, -1 .. 1, high is selective.
     features (B, C, h, w) as recorded, signed; depth (B, 1, H, W) and thresholds (K+1,) metres.
     Responses are means of |activation| over the batch (the dissection takes |mean|). A unit whose
-    bin is absent from the batch counts 0 and gets no gradient."""
+    bin holds no more than the share `min_share` of the pixels counts 0 and gets no gradient."""
     weights = bin_weights(depth, thresholds.to(depth.device), features.shape[-2:])
     count = weights.sum((0, 2, 3))                                         # (K,) pixels
     response = bin_sums(features.abs(), weights) / count.clamp(min=1)  # (C, K); dissect.py: |mean|
-    return unit_selectivity(response, count).mean()
+    return unit_selectivity(response, count, min_share).mean()

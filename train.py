@@ -48,7 +48,6 @@ def loss_terms(prediction, depth, units_per_metre=meter.CENTIMETRES):
     dot, square_p, square_d = ((a * b).sum(1, keepdim=True) + 1 for a, b in (
         (slope_p, slope_d), (slope_p, slope_p), (slope_d, slope_d)))          # normals (-x, -y, 1)
     cosine = dot / (square_p.sqrt() * square_d.sqrt())
-
     # SSIM: Gauss windows of sigma 1.5, constants for a range of 1000, which is 10 m in centimetres.
     gauss = torch.softmax(-torch.arange(-5.0, 6.0, device=p.device) ** 2 / (2 * 1.5 ** 2), 0)
     maps = F.conv2d(torch.cat([p, d, p * p, d * d, p * d]), gauss.view(1, 1, 11, 1))
@@ -65,12 +64,12 @@ def balanced_loss(prediction, depth, units_per_metre=meter.CENTIMETRES):
     """METER's loss (Papa et al., as released): scalar; arguments as in loss_terms."""
     return sum(loss_terms(prediction, depth, units_per_metre).values())
 
-def objective(prediction, depth, features, alpha, notebook=False):
+def objective(prediction, depth, features, alpha, notebook=False, min_share=0.0):
     """What training minimises, and its terms: a dict of scalars; features: name -> (B, C, h, w)."""
     terms = loss_terms(prediction, depth, meter.GREY_LEVELS if notebook else meter.CENTIMETRES)
     balanced, binned = sum(terms.values()), meter.notebook_depth(depth) if notebook else depth
     scores = {f"selectivity_{name}": meter.assigned_selectivity(
-        x, binned, meter.layer_thresholds(x.shape[1], notebook, x.device))
+        x, binned, meter.layer_thresholds(x.shape[1], notebook, x.device), min_share)
         for name, x in features.items()}
     pull = alpha * sum(scores.values())
     return {"loss": balanced + (pull if notebook else balanced.detach() * pull), **terms, **scores}
@@ -81,14 +80,14 @@ def learning_rate(epoch, epochs, peak, schedule):
     cosine = min((done + 1e-3) / 0.05, 0.5 + 0.5 * math.cos(math.pi * max(done - 0.05, 0) / 0.95))
     return peak * {"cosine": cosine, "step": 0.1 ** (epoch // 20), "constant": 1}[schedule]
 
-def evaluate(model, frames, batch_size, layers=(), alpha=0.0, notebook=False):
+def evaluate(model, frames, batch_size, layers=(), alpha=0.0, notebook=False, min_share=0.0):
     """Means over a split: the usual metrics per image, the objective per batch as `val_loss`."""
     model.eval()
     rows = []
     for _, image, depth in frames.batches(batch_size):
         with torch.no_grad(), meter.record(model, layers) as features:
             prediction = model(data.normalise(image / 255))                   # (B, 1, h, w) metres
-            loss = objective(prediction, depth, features, alpha, notebook)["loss"]
+            loss = objective(prediction, depth, features, alpha, notebook, min_share)["loss"]
         rows.append(data.depth_metrics(prediction, depth) | {"val_loss": loss[None]})
     return {key: torch.cat([row[key] for row in rows]).nanmean().item() for key in rows[0]}
 
@@ -132,6 +131,8 @@ def parse_args(argv=None):
                    help="weight of selectivity, relative: loss * (1 + alpha * selectivity)")
     p.add_argument("--layers", nargs="+", choices=meter.LAYERS, default=["dec_3", "enc_4"],
                    metavar="LAYER", help=f"to regularise, out of {', '.join(meter.LAYERS)}")
+    p.add_argument("--min-share", type=data.number(float, 0, 1), default=0.0, metavar="SHARE",
+                   help="leave out bins with no more than this share of a batch's pixels: .001")
     # recipe
     p.add_argument("--variant", choices=meter.VARIANTS, default="xxs", help="size of METER")
     p.add_argument("--init", type=Path, help="checkpoint to start from, not random weights")
@@ -196,8 +197,6 @@ def main(argv=None):
     torch.backends.cudnn.deterministic = True          # same seed, same machine, same result
     model.to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model)                     # over some 100 steps: what is judged, saved
-    if state:
-        model.load_state_dict(state["training"])
     means, current = ([x for x in network.state_dict().values() if x.is_floating_point()]
                       for network in (average, model))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
@@ -211,7 +210,7 @@ def main(argv=None):
               for split in ("train", "val", "test")}
     data.stop_on_faults(source)
     train, layers = splits["train"], args.layers if args.neuron_selective else []
-    settings = args.batch_size, layers, args.alpha, args.notebook                # for `evaluate`
+    settings = args.batch_size, layers, args.alpha, args.notebook, args.min_share   # `evaluate`'s
     if len(train) < args.batch_size:
         sys.exit(f"error: --batch-size {args.batch_size}: there are {len(train)} training images.")
     steps = math.ceil(len(train) / args.batch_size)    # in an epoch
@@ -220,6 +219,7 @@ def main(argv=None):
     history = torch.zeros(steps, 5 + len(layers), device=device)   # all terms of an epoch's steps
     alpha = torch.zeros((), device=device)             # a tensor: `torch.compile` bakes floats in
     if state:
+        model.load_state_dict(state["training"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         history.copy_(state["history"])
@@ -256,7 +256,7 @@ def main(argv=None):
                     prediction = model(data.normalise(image))              # (B, 1, 48, 64) metres
                 done = epoch + step / steps                                # epochs
                 alpha.fill_(args.alpha * (1 if args.notebook else min(1, 10 * done / args.epochs)))
-                terms = step_objective(prediction, depth, features, alpha, args.notebook)
+                terms = step_objective(prediction, depth, features, alpha, *settings[3:])
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(terms["loss"]).backward()
                 rate = learning_rate(done, args.epochs, args.lr, args.schedule)

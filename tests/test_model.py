@@ -291,6 +291,16 @@ def test_a_unit_whose_bin_is_absent_counts_0_and_gets_no_gradient():
     assert [bool(x) for x in features.grad.abs().sum((0, 2, 3))] == [k in (1, 4) for k in range(8)]
 
 
+@pytest.mark.parametrize("min_share, units", [(0.24, (1, 4)), (0.25, (4,)), (0.75, ())])
+def test_bins_with_no_more_than_min_share_of_the_measured_pixels_are_left_out(min_share, units):
+    features = torch.rand(2, 8, 6, 8, requires_grad=True)
+    depth = torch.full((2, 1, 48, 64), 3.0)                                # bin 4 of 8
+    depth[:, :, :, 32:] = 0                                                # missing
+    depth[:, :, :12, :32] = 1.0                                            # bin 1, a quarter
+    assigned_selectivity(features, depth, layer_thresholds(8), min_share).backward()
+    assert [bool(x) for x in features.grad.abs().sum((0, 2, 3))] == [k in units for k in range(8)]
+
+
 def test_selectivity_is_1_for_one_bin_and_0_for_none_and_for_equal_ones():
     response = torch.tensor([[0, 3.0, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0], [1, 3, 1, 1]])
     score = model.selectivity(response, torch.tensor([1, 0, 0, 1]))

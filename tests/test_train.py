@@ -340,9 +340,9 @@ def test_the_saved_weights_are_a_moving_average_over_the_steps(flags, tmp_path, 
 def test_alpha_grows_over_the_first_tenth_but_not_in_the_notebook(flags, tmp_path, monkeypatch):
     seen, genuine = [], train.objective
 
-    def note(prediction, depth, features, alpha, notebook):
+    def note(prediction, depth, features, alpha, *rest):
         seen.append(float(alpha))
-        return genuine(prediction, depth, features, alpha, notebook)
+        return genuine(prediction, depth, features, alpha, *rest)
 
     monkeypatch.setattr(train, "objective", note)
     words = [*flags, "--neuron-selective", "--alpha", -0.6, "--layers", "dec_3"]
@@ -372,6 +372,14 @@ def test_selective_training_starts_from_a_checkpoint_and_logs_its_layers(flags, 
     changed = state(tmp_path / "last.pt")["model"]["decoder.conv2d_out.weight"]
     begun = state(unbroken / "best.pt")["model"]["decoder.conv2d_out.weight"]
     assert 0 < (changed - begun).abs().max() < 0.01  # six steps of at most 1e-3 away
+
+
+def test_bins_below_min_share_do_not_pull(flags, tmp_path):
+    run(*flags, "--neuron-selective", "--min-share", 1, "--alpha", -1, "--out", tmp_path / "none")
+    run(*flags, "--out", tmp_path / "plain")
+    none, plain = log(tmp_path / "none"), log(tmp_path / "plain")
+    assert [row.pop("selectivity_dec_3") for row in none] == ["0.0", "0.0"]
+    assert [row["loss"] for row in none] == [row["loss"] for row in plain]
 
 
 def test_bf16_trains_on_a_cpu_close_to_fp32(flags, unbroken, tmp_path):
