@@ -350,10 +350,11 @@ def write_csv(path, rows):
 def write_figure(path, figure):
     write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
-def write_pictures(path, lines):
+def write_pictures(path, lines, heading=None):
     """A grid of pictures: lines of (title, picture, unit of its colour bar or "", for imshow)."""
     shape = len(lines), len(lines[0])
     figure = Figure(figsize=(2.4 * shape[1], 1.9 * shape[0]), layout="constrained")
+    figure.suptitle(heading)
     axes = figure.subplots(*shape, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for axis, (title, picture, unit, options) in zip(axes.flat, itertools.chain(*lines)):
         shown = axis.imshow(np.asarray(picture), **options)

@@ -3,15 +3,12 @@
     python dissect.py runs/baseline/best.pt runs/selective/best.pt --viz     # side by side, figures
     python dissect.py --layers dec_3 --ablate --correct --images my_photos   # the newest run
 
-Writes units.csv, dissect.json and what the flags ask for to --out. Two measures, kept apart:
-`selectivity` is the paper's dissection (a unit's strongest bin, |mean of signed activation|),
-`assigned_selectivity` is what training pushes (its assigned bin, mean of |activation|).
+Writes units.csv, dissect.json and what the flags ask for to --out.
 """
 # B batch, C units, K depth bins, h w size of an activation map
 import argparse
 import contextlib
 import itertools
-import math
 import sys
 from pathlib import Path
 
@@ -25,17 +22,17 @@ from PIL import Image, ImageOps
 import data
 import model as meter
 
+MEASURES = {"selectivity": "of a unit's strongest depth bin, |mean activation|",
+            "assigned_selectivity": "of the bin that training assigns, mean |activation|"}
 COLUMNS = "unit", "selectivity", "peak_bin", "peak_m", "assigned_bin", "assigned_selectivity"
-ORDERS = "most selective first", "least selective first", "random"       # of ablation
-RANDOM_ORDERS = 5                                      # to see their spread
+ORDERS = {"most selective first": "tab:red", "least selective first": "tab:blue", "random": "gray"}
 
 @torch.no_grad()
 def measure(model, frames, layers, notebook=False, batch_size=16, change=None):
-    """One pass over the frames for all layers together, in fp32: (metrics, units).
-    metrics: means of data.depth_metrics. units: for each layer a dict of CPU tensors: edges (K+1,)
-    of the depth bins in metres, count (K,) pixels, signed (C, K) and absolute (C, K), the means of
-    activation and |activation| in each bin, and (C,) each, what units.csv holds. With `change`, a
-    pair (layer, function), the network goes on with function(activation, true depth) there."""
+    """One pass over the frames for all layers, in fp32: (means of data.depth_metrics, units).
+    units: for each layer a dict of CPU tensors: edges (K+1,) of the depth bins in metres, count
+    (K,) pixels, signed and absolute (C, K), means of activation and |activation| in each bin, and
+    what units.csv holds (C,). change: (layer, function), to go on with function(x, true depth)."""
     rows, sums, units, depth = [], {}, {}, None
     with meter.record(model, layers) as features, contextlib.ExitStack() as hooks:
         if change:
@@ -70,13 +67,16 @@ def switch_off(units, value):
     off = torch.zeros_like(value, dtype=torch.bool).index_fill(0, units.to(value.device), True)
     return lambda x, depth: torch.where(off[:, None, None], value[:, None, None], x)
 
+def at_depth(response, edges, depth):
+    """Responses (..., K) at depth (B, 1, H, W): (..., B, H, W), nan where that is in no bin."""
+    return F.pad(response, (1, 1), value=torch.nan)[..., torch.bucketize(depth[:, 0], edges)]
+
 def give_mean(unit, response, edges):
     """Correction (You et al.): a change that makes a unit answer as on average at the true depth.
     response (K,) signed, of depth bins with edges (K+1,). A cell of several pixels gets their mean;
     cells with missing depth stay as they are."""
-    table = F.pad(response, (1, 1), value=math.nan)                        # missing, beyond: nan
     def change(x, depth):
-        mean = F.adaptive_avg_pool2d(table[torch.bucketize(depth[:, 0], edges)], x.shape[-2:])
+        mean = F.adaptive_avg_pool2d(at_depth(response, edges, depth), x.shape[-2:])   # (B, h, w)
         x = x.clone()
         x[:, unit] = mean.where(mean.isfinite(), x[:, unit])
         return x
@@ -87,10 +87,10 @@ def ablate(model, frames, layer, r, replacement, batch_size=16):
     r: units[layer] of `measure`; a unit that is off answers "zero", or its "mean" over pixels."""
     value = (r["signed"] * r["count"]).sum(1) / r["count"].sum() * (replacement == "mean")
     value, ranked = value.float().to(frames.device), r["selectivity"].argsort(descending=True)
-    orders = {ORDERS[0]: ranked, ORDERS[1]: ranked.flip(0)}
-    for n in range(RANDOM_ORDERS):
+    orders = dict(zip(ORDERS, (ranked, ranked.flip(0))))
+    for n in range(5):                                 # to see their spread
         chance = torch.Generator().manual_seed(n)
-        orders[f"{ORDERS[2]} {n}"] = torch.randperm(len(value), generator=chance)
+        orders[f"random {n}"] = torch.randperm(len(value), generator=chance)
     counts, rows = sorted({round(len(value) * n / 8) for n in range(9)}), []
     show = data.progress(f"ablate {layer}", len(orders) * len(counts) * len(frames))
     for (order, units), n in itertools.product(orders.items(), counts):
@@ -125,22 +125,18 @@ def draw_layer(title, r, path):
     scaled = (response / np.maximum(response.max(1, keepdims=True), 1e-12))[order]
     shown = axis.pcolormesh(edges, np.arange(len(order) + 1), scaled, cmap="magma", vmin=0)
     figure.colorbar(shown, label="|mean activation| / the unit's strongest")
-    axis.set(title=f"{title}: which depth do its {len(order)} units see?",
+    axis.set(title=f"{title}: which depth do its {len(order)} units see?", ylim=(len(order), 0),
              xlabel="depth in metres", ylabel="units, sorted by the depth of their peak")
-    axis.invert_yaxis()
     data.write_figure(path.with_name(f"{path.name}_map.png"), figure)
 
 def draw_overview(results, path):
     """Mean selectivity of each layer, both measures, checkpoints side by side."""
     figure, width = Figure(figsize=(11, 6), layout="constrained"), 0.8 / len(results)
-    titles = {"selectivity": "selectivity: for a unit's strongest depth bin, whichever it is",
-              "assigned_selectivity": "assigned selectivity: for the bin the regulariser gives it"}
-    for axis, (key, title) in zip(figure.subplots(2, 1, sharex=True), titles.items()):
+    for axis, (key, meaning) in zip(figure.subplots(2, 1, sharex=True), MEASURES.items()):
         for n, (label, result) in enumerate(results.items()):
             axis.bar(np.arange(len(result["layers"])) + (n + 0.5) * width - 0.4,
                      [layer[key] for layer in result["layers"].values()], width, label=label)
-        axis.set(title=title, ylabel="mean over units")
-        axis.axhline(0, color="black", lw=0.6)
+        axis.set(title=f"{key}: {meaning}", ylabel="mean over units")
         axis.grid(alpha=0.3, axis="y")
     axis.set_xticks(range(len(result["layers"])), result["layers"], rotation=30)
     figure.axes[0].legend()
@@ -148,61 +144,69 @@ def draw_overview(results, path):
 
 def draw_ablation(rows, path):
     """RMSE against the number of units off: a panel for each checkpoint and layer."""
-    panels = [list(group) for _, group in itertools.groupby(
+    panels = [(title, list(group)) for title, group in itertools.groupby(
         rows, lambda row: f"{row['checkpoint']}, {row['layer']}")]
     figure = Figure(figsize=(4.2 * len(panels), 3.5), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axis, panel in zip(axes, panels):
-        for order, colour in zip(ORDERS, ("tab:red", "tab:blue", "gray")):
+    for axis, (title, panel) in zip(axes, panels):
+        for order, colour in ORDERS.items():
             own = [row for row in panel if row["order"].startswith(order)]
             counts = sorted({row["units_off"] for row in own})
             errors = np.reshape([row["rmse_m"] for row in own], (-1, len(counts)))
             axis.plot(counts, errors.mean(0), ".-", color=colour, label=order)
             axis.fill_between(counts, errors.min(0), errors.max(0), color=colour, alpha=0.2)
-        axis.set(title="{checkpoint}, {layer}".format(**panel[0]),
-                 xlabel=f"units off (set to {rows[0]['replaced_by']})")
+        axis.set(title=title, xlabel=f"units off (set to {rows[0]['replaced_by']})")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("RMSE, metres")
     axes[0].legend(fontsize=8)
     data.write_figure(path, figure)
 
-def preferred(r):
-    """The bins to which a unit answers at least half as strongly as to its strongest: (C, K)."""
-    return r["signed"].abs() > r["signed"].abs().amax(1, keepdim=True) / 2
+@torch.no_grad()
+def two_pictures(model, image, depth, units):
+    """What units answer to images, and what they usually answer to each pixel's depth, on the CPU:
+    (depth, or if None the prediction; {layer: (|activation| and its mean at that depth, 0 where it
+    is missing, (B, C, 48, 64) each, and the correlation of the two (B, C))})."""
+    with meter.record(model, units) as features:
+        prediction = model(data.normalise(image / 255))
+    depth, pictures = (prediction if depth is None else depth).cpu(), {}
+    for layer, r in units.items():
+        own = F.interpolate(features[layer].abs().cpu(), depth.shape[-2:], mode="bilinear")
+        usual = at_depth(r["signed"].abs().float(), r["edges"], depth).nan_to_num().transpose(0, 1)
+        centred = [x.flatten(2) - x.mean((2, 3))[..., None] for x in (own, usual)]
+        pictures[layer] = own, usual, F.cosine_similarity(*centred, dim=2)
+    return depth, pictures
 
-def choose_units(units):
-    """The most selective unit that peaks near, one in the middle, one far: [(layer, unit), ...].
-    First choice: units that prefer 3 to 50 % of the pixels, then those in maps of 24 rows or up."""
-    coarse = {"enc_7", "enc_8", "enc_9", "enc_10", "enc_output", "dec_0", "dec_1"}
+def choose_units(model, frames, units):
+    """Three units that peak near (up to 2 m), in the middle (4 m) and far, [(layer, unit), ...]:
+    those with the highest selectivity times correlation of `two_pictures`, averaged over 24 frames
+    evenly spaced; and the rows of the three frames in which they correlate best."""
+    rows = torch.arange(0, len(frames), -(-len(frames) // 24))
+    _, pictures = two_pictures(model, *frames.fetch(rows), units)
     bands = {2: [], 4: [], 10: []}                     # by the depth of the peak, up to so many m
     for layer, r in units.items():
-        share = (preferred(r) * r["count"]).sum(1) / r["count"].sum()      # (C,)
-        for unit, peak in enumerate(r["peak_m"]):
-            bands[next(far for far in bands if peak <= far)].append((
-                0.03 < share[unit] < 0.5, layer not in coarse, r["selectivity"][unit], layer, unit))
-    return [max(band)[3:] for band in bands.values() if band]
+        scores = r["selectivity"] * pictures[layer][2].mean(0)             # (C,)
+        for unit, (score, peak) in enumerate(zip(scores.tolist(), r["peak_m"])):
+            bands[next(far for far in bands if peak <= far)].append((score, layer, unit))
+    chosen = [max(band)[1:] for band in bands.values() if band]
+    total = sum(pictures[layer][2][:, unit] for layer, unit in chosen)     # (n,)
+    return chosen, rows[total.argsort(descending=True)[:3]]
 
-def draw_activations(model, image, depth, units, path):
-    """Units of choose_units: their activation beside the pixels of the depth bins they prefer.
+def draw_activations(model, image, depth, units, chosen, path):
+    """Both pictures of the units `chosen`, in a line under image and depth.
     image (n, 3, 192, 256) uint8; depth (n, 1, 48, 64) metres, or None for the prediction."""
-    chosen = choose_units(units)
-    with torch.no_grad(), meter.record(model, {layer for layer, _ in chosen}) as features:
-        prediction = model(data.normalise(image / 255))
-    kind, shown = ("predicted", prediction) if depth is None else ("true", depth)
-    shown = shown[:, 0].cpu()                                              # (n, 48, 64)
-    far = {"vmin": 0, "vmax": shown.max().item()}
-    lines = [[cell for photo, map_ in zip(image.permute(0, 2, 3, 1).cpu(), shown)
-              for cell in (("image", photo, "", {}), (f"{kind} depth", map_, "metres", far))]]
+    title = "true depth" if depth is not None else "predicted depth"
+    depth, pictures = two_pictures(model, image, depth, {x: units[x] for x, _ in chosen})
+    lines = [[cell for photo, map_ in zip(image.permute(0, 2, 3, 1).cpu(), depth[:, 0])
+              for cell in (("image", photo, "", {}), (title, map_, "metres", {"vmin": 0}))]]
     for layer, unit in chosen:
-        r, activation = units[layer], features[layer][:, unit].abs().cpu() # (n, h, w)
-        wanted = F.pad(preferred(r)[unit].float(), (1, 1))                 # missing, beyond: 0
-        inside = wanted[torch.bucketize(shown, r["edges"])]                # (n, 48, 64)
-        left = f"|{layer} unit {unit}|: s = {r['selectivity'][unit]:.2f}"
-        right = f"its depths, around {r['peak_m'][unit]:.1f} m"
-        magma = {"cmap": "magma", "vmin": 0, "vmax": activation.quantile(0.99).item()}
-        lines.append([cell for a, b in zip(activation, inside) for cell in (
-            (left, a, "", magma), (right, b, "", {"cmap": "gray", "vmin": 0, "vmax": 1}))])
-    data.write_pictures(path, lines)
+        s, peak = (units[layer][key][unit] for key in ("selectivity", "peak_m"))
+        own, usual, likeness = (x[:, unit] for x in pictures[layer])       # (n, 48, 64), (n,)
+        left, right = ({"cmap": "magma", "vmin": 0, "vmax": x.max().item()} for x in (own, usual))
+        lines.append([cell for a, b, r in zip(own, usual, likeness) for cell in (
+            (f"{layer} unit {unit}: s {s:.2f}, {peak:.1f} m", a, "", left),
+            (f"its mean at each depth: r {r:.2f}", b, "", right))])
+    data.write_pictures(path, lines, "Units for near, middle and far: |activation| beside its mean "
+                        "at the same depth\n(s: selectivity, depth of the peak; r: correlation)")
 
 def read_photo(path):
     """Any photo as METER takes it, uint8 (3, 192, 256): cut to 4:3 in the middle, then resized."""
@@ -219,7 +223,7 @@ def print_table(results):
     for layer, base in next(iter(results.values()))["layers"].items():
         line = f"{layer:12}{base['units']:>5} {base['bins_used']:>2}/{base['bins']:<2} "
         for own in (result["layers"][layer] for result in results.values()):
-            for key in ("selectivity", "assigned_selectivity"):
+            for key in MEASURES:
                 change = "" if own is base else f" ({own[key] - base[key]:+.3f})"
                 line += f"{own[key]:8.3f}{change:9}"
         print(line)
@@ -244,10 +248,7 @@ def parse_args(argv=None):
     p.add_argument("--images", nargs="+", type=Path, default=[], metavar="PATH",
                    help="photos or folders: cut to 4:3, resized; scale as of a Kinect (63 degrees)")
     p.add_argument("--out", type=Path, default=Path("runs/dissect"), help="folder for the results")
-    args = p.parse_args(argv)
-    if len(set(args.layers)) < len(args.layers):
-        p.error(f"--layers names a layer twice: {' '.join(args.layers)}")
-    return args
+    return p.parse_args(argv)
 
 def main(argv=None):
     args = parse_args(argv)
@@ -274,10 +275,9 @@ def main(argv=None):
         metrics, units = measure(model, frames, args.layers, args.notebook, args.batch_size)
         layers = {}
         for layer, r in units.items():
-            layers[layer] = {"selectivity": r["selectivity"].mean().item(),
-                             "assigned_selectivity": r["assigned_selectivity"].mean().item(),
-                             "units": len(r["signed"]), "bins": len(r["count"]),
-                             "bins_used": int((r["count"] > 0).sum())}
+            layers[layer] = {key: r[key].mean().item() for key in MEASURES} | {
+                "units": len(r["signed"]), "bins": len(r["count"]),
+                "bins_used": int((r["count"] > 0).sum())}
             rows += [{"checkpoint": str(path), "layer": layer, **dict(zip(COLUMNS, values))}
                      for values in zip(*(r[key].tolist() for key in COLUMNS))]
             if args.viz:
@@ -294,13 +294,13 @@ def main(argv=None):
             "checkpoint": str(path), "binning": "notebook" if args.notebook else "metres",
             "split": args.split, "images": len(frames), **metrics, "layers": layers,
             "mean_selectivity": np.mean([x["selectivity"] for x in layers.values()]).item()}
-        if args.viz:
-            spread = torch.cat([x.flatten(1).std(1) for _, _, x in frames.batches(64)])
-            image, depth = frames.fetch(spread.argsort(descending=True)[:3])   # hold near and far
-            draw_activations(model, image, depth, units, args.out / f"{label}_activations.png")
-        for n in range(0, len(photos), 3):
-            draw_activations(model, torch.stack(photos[n:n + 3]).to(device), None, units,
-                             args.out / f"{label}_photos_{n // 3 + 1}.png")
+        if args.viz or photos:
+            chosen, best = choose_units(model, frames, units)
+            pages = {"activations": frames.fetch(best)} if args.viz else {}
+            for n in range(0, len(photos), 3):
+                pages[f"photos_{n // 3 + 1}"] = torch.stack(photos[n:n + 3]).to(device), None
+            for page, content in pages.items():
+                draw_activations(model, *content, units, chosen, args.out / f"{label}_{page}.png")
     print_table(results)
     data.write_csv(args.out / "units.csv", rows)
     every = list(results.values())
@@ -314,8 +314,7 @@ def main(argv=None):
         data.write_csv(args.out / "correction.csv", correction)
         best = sorted(correction, key=lambda row: row["change_m"])[:10]
         print("\nthe units whose correction lowers RMSE most:", *map(data.line, best), sep="\n")
-    print(f"written to {args.out.resolve()}" + "; photos were cut to 4:3 and resized to 256x192, "
-          "the scale is that of a Kinect's camera" * bool(photos))
+    print(f"written to {args.out.resolve()}")
 
 if __name__ == "__main__":
     main()

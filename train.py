@@ -9,8 +9,8 @@ metrics.json (best.pt on the test split) to runs/baseline or runs/selective.
 The regulariser (You et al. 2021) rewards units that answer to one range of depth only:
     loss = balanced * (1 + alpha * selectivity),   the second `balanced` without gradient.
 So alpha is relative: METER's loss is some hundreds (of centimetres), theirs about 1, and -0.1 just
-added, as with --notebook, would pull a thousandth as hard as in their paper. It grows from 0 in the
-first tenth of the run: units pulled apart before they have learnt anything may stay behind.
+added, as with --notebook, would pull a thousandth as hard. It grows from 0 in the first tenth of
+the run: units pulled apart before they have learnt anything may stay behind.
 """
 import argparse
 import contextlib

@@ -250,8 +250,7 @@ def test_switching_units_off_equals_zeroing_the_weights_that_read_them(network, 
     assert not any(module._forward_hooks for module in network.modules())
 
 
-def test_ablation_to_the_mean_follows_the_order_of_selectivity(network, frames, monkeypatch):
-    monkeypatch.setattr(dissect, "RANDOM_ORDERS", 1)
+def test_ablation_to_the_mean_follows_the_order_of_selectivity(network, frames):
     _, units = dissect.measure(network, frames, ["dec_3"])
     rows = dissect.ablate(network, frames, "dec_3", units["dec_3"], "mean")
     with torch.no_grad(), record(network, ["dec_3"]) as features:
@@ -268,7 +267,31 @@ def test_ablation_to_the_mean_follows_the_order_of_selectivity(network, frames, 
                 error = slow_rmse(network.decoder.conv2d_out(x) / 100, frames)
                 (row,) = [row for row in rows if row["order"] == name and row["units_off"] == n]
                 assert row["rmse_m"] == pytest.approx(error, rel=1e-4)
-    assert len({row["order"] for row in rows}) == 3 and len(rows) == 27
+    assert len({row["order"] for row in rows}) == 2 + 5 and len(rows) == 7 * 9
+
+
+@pytest.mark.parametrize("layers", [["enc_2"], ["enc_5", "enc_7"], ["enc_9"], ["dec_1", "dec_3"]])
+def test_the_units_drawn_are_those_whose_answer_looks_most_like_its_mean_at_each_depth(
+        network, frames, layers):
+    _, units = dissect.measure(network, frames, layers)
+    chosen, best = dissect.choose_units(network, frames, units)
+    with torch.no_grad(), record(network, layers) as features:
+        network(torch.cat([image for image, _ in batches(frames)]))
+    likeness, bands = {}, {}
+    for layer in layers:
+        activation = F.interpolate(features[layer].abs(), (48, 64), mode="bilinear")
+        number = slow_bins(frames.depth[:, 0], len(units[layer]["count"]))         # -1: none
+        for unit, response in enumerate(units[layer]["signed"].abs().float()):
+            usual = response[number.clamp(min=0)] * (number >= 0)
+            pairs = zip(activation[:, unit].flatten(1), usual.flatten(1))
+            likeness[layer, unit] = torch.stack(
+                [torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs]).nan_to_num()
+            peak = units[layer]["peak_m"][unit].item()
+            score = likeness[layer, unit].mean() * units[layer]["selectivity"][unit]
+            bands.setdefault((peak > 2) + (peak > 4), []).append((score.item(), layer, unit))
+    assert chosen == [max(bands[band])[1:] for band in sorted(bands)]
+    total = sum(likeness[pair] for pair in chosen)
+    assert best.tolist() == total.argsort(descending=True)[:3].tolist()
 
 
 # The sizes of enc_0, dec_3 and enc_9.
