@@ -248,7 +248,8 @@ class Frames:
             sys.exit(f"error: no images in split {split}: the source has {source.sizes}.")
         if feed == "auto":
             need = len(self) * (3 * math.prod(SIZE) + 4 * math.prod(DEPTH_SIZE))   # bytes
-            host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+            host = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")          # free memory; macOS: all
             free = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else host
             self.feed = "device" if need < free / 2 else "host" if need < 0.7 * host else "file"
         self.where = self.device if self.feed == "device" else torch.device("cpu")
@@ -271,7 +272,7 @@ class Frames:
             pair = self.source.frames(self.pool, [self.indices[row] for row in rows])
         else:
             pair = [x[rows.to(self.where)] for x in (self.image, self.depth)]
-        if pair[0].device != self.device:              # only pinned memory is copied asynchronously
+        if pair[0].device.type != self.device.type:    # only pinned memory is copied asynchronously
             pair = [x.pin_memory().to(self.device, non_blocking=True) for x in pair]
         return pair[0].permute(0, 3, 1, 2), pair[1]
 

@@ -7,7 +7,6 @@ Writes units.csv, dissect.json and what the flags ask for to --out.
 """
 # B batch, C units, K depth bins, h w size of an activation map
 import argparse
-import contextlib
 import itertools
 import sys
 from pathlib import Path
@@ -33,11 +32,11 @@ def measure(model, frames, layers, notebook=False, batch_size=16, change=None):
     units: for each layer a dict of CPU tensors: edges (K+1,) of the depth bins in metres, count
     (K,) pixels, signed and absolute (C, K), means of activation and |activation| in each bin, and
     what units.csv holds (C,). change: (layer, function), to go on with function(x, true depth)."""
-    rows, sums, units, depth = [], {}, {}, None
-    with meter.record(model, layers) as features, contextlib.ExitStack() as hooks:
-        if change:
-            hooks.enter_context(model.get_submodule(meter.LAYERS[change[0]]).register_forward_hook(
-                lambda module, inputs, activation: change[1](activation, depth)))
+    rows, sums, units = [], {}, {}
+    target, function = change or ("dec_3", lambda x, depth: None)          # None: x as it was
+    hook = model.get_submodule(meter.LAYERS[target]).register_forward_hook(
+        lambda module, inputs, x: function(x, depth))
+    with meter.record(model, layers) as features, hook:
         for _, image, depth in frames.batches(batch_size):
             prediction = model(data.normalise(image / 255))                # (B, 1, 48, 64) metres
             rows.append(data.depth_metrics(prediction, depth))
@@ -171,25 +170,24 @@ def two_pictures(model, image, depth, units):
     depth, pictures = (prediction if depth is None else depth).cpu(), {}
     for layer, r in units.items():
         own = F.interpolate(features[layer].abs().cpu(), depth.shape[-2:], mode="bilinear")
-        usual = at_depth(r["signed"].abs().float(), r["edges"], depth).nan_to_num().transpose(0, 1)
+        usual = at_depth(r["absolute"].float(), r["edges"], depth).nan_to_num().transpose(0, 1)
         centred = [x.flatten(2) - x.mean((2, 3))[..., None] for x in (own, usual)]
         pictures[layer] = own, usual, F.cosine_similarity(*centred, dim=2)
     return depth, pictures
 
 def choose_units(model, frames, units):
-    """Three units that peak near (up to 2 m), in the middle (4 m) and far, [(layer, unit), ...]:
-    those with the highest selectivity times correlation of `two_pictures`, averaged over 24 frames
-    evenly spaced; and the rows of the three frames in which they correlate best."""
+    """Up to three units, that peak near (up to 2 m), in the middle (4 m) and far: [(layer, unit),
+    ...], those with the highest selectivity times correlation of `two_pictures`, averaged over up
+    to 24 frames, evenly spaced; and the rows of the three frames in which they correlate best."""
     rows = torch.arange(0, len(frames), -(-len(frames) // 24))
     _, pictures = two_pictures(model, *frames.fetch(rows), units)
-    bands = {2: [], 4: [], 10: []}                     # by the depth of the peak, up to so many m
-    for layer, r in units.items():
-        scores = r["selectivity"] * pictures[layer][2].mean(0)             # (C,)
-        for unit, (score, peak) in enumerate(zip(scores.tolist(), r["peak_m"])):
-            bands[next(far for far in bands if peak <= far)].append((score, layer, unit))
-    chosen = [max(band)[1:] for band in bands.values() if band]
-    total = sum(pictures[layer][2][:, unit] for layer, unit in chosen)     # (n,)
-    return chosen, rows[total.argsort(descending=True)[:3]]
+    names = [(layer, unit) for layer, r in units.items() for unit in range(len(r["unit"]))]
+    likeness = torch.cat([pictures[layer][2] for layer in units], 1)       # (n, all units)
+    peak, own = (torch.cat([r[key] for r in units.values()]) for key in ("peak_m", "selectivity"))
+    score, band = own * likeness.mean(0), torch.bucketize(peak, torch.tensor([2.0, 4.0]))
+    chosen = [score.where(band == n, 0).argmax().item() for n in band[score > 0].unique()]
+    best = likeness[:, chosen].sum(1).argsort(descending=True)[:3]
+    return [names[n] for n in chosen], rows[best]
 
 def draw_activations(model, image, depth, units, chosen, path):
     """Both pictures of the units `chosen`, in a line under image and depth.
@@ -237,10 +235,10 @@ def parse_args(argv=None):
                    help="ours, the notebook's or METER's; several are compared; none: newest run's")
     data.add_source_arguments(p)
     p.add_argument("--split", choices=["train", "val", "test"], default="test", help="the frames")
-    p.add_argument("--limit", type=data.number(int, 1), help="that many of them, evenly spaced")
+    p.add_argument("--limit", type=data.number(int, 1), help="that many, every n-th of them")
     p.add_argument("--layers", nargs="+", choices=meter.LAYERS, default=list(meter.LAYERS),
                    metavar="LAYER", help="to look at")
-    p.add_argument("--notebook", action="store_true", help="the notebook's bins, up to 3.92 m")
+    p.add_argument("--notebook", action="store_true", help="its bins; pictures end at 3.92 m")
     p.add_argument("--viz", action="store_true", help="draw units, maps, overview and activations")
     p.add_argument("--ablate", nargs="?", const="zero", choices=["zero", "mean"],
                    help="switch units off in order of selectivity: to zero, or to the unit's mean")
@@ -257,13 +255,14 @@ def main(argv=None):
         sys.exit("error: no runs/*/best.pt: run `python train.py` first, or name a checkpoint.")
     data.check_folder(args.out)
     photos = [read_photo(file) for path in args.images
-              for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+              for file in (sorted(path.iterdir()) if path.is_dir() else [path])
+              if file == path or file.suffix.lower() in Image.registered_extensions()]
     device, loaded = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
     for path in args.checkpoints or newest:
-        label = path.parent.name if path.stem in ("best", "last") else path.stem
+        label = path.resolve().parent.name if path.stem in ("best", "last") else path.stem
         label = str(path).replace("/", "_") if label in loaded else label
         loaded[label] = path, *meter.load_checkpoint(path)
-    trained_on = next(iter(loaded.values()))[2].get("config", {}).get("data")    # what ours saw
+    trained_on = next((x["config"]["data"] for *_, x in loaded.values() if "config" in x), None)
     source = data.open_source(args.data or (Path(trained_on) if trained_on else None),
                               args.raw_depth, args.rooms, device)
     frames = data.Frames(source, args.split, device, args.feed, limit=args.limit)

@@ -189,6 +189,7 @@ def test_figures_are_drawn_for_frames_and_for_photos(folder):
     (folder / "photos").mkdir()
     for mode, size in ("RGB", (640, 480)), ("L", (100, 300)), ("RGBA", (50, 50)), ("P", (320, 240)):
         Image.new(mode, size, 99).save(folder / "photos" / f"{mode}.png")
+    (folder / "photos" / ".DS_Store").write_text("no photo, as a Mac leaves it")
     photos = ["--images", folder / "photos"]
     _, _, out = run(folder, ["cm"], "--layers", "dec_3", "dec_2", "--viz", *photos)
     expected = {f"cm_{what}.png" for what in ("dec_3_units", "dec_3_map", "dec_2_units",
@@ -281,14 +282,15 @@ def test_the_units_drawn_are_those_whose_answer_looks_most_like_its_mean_at_each
     for layer in layers:
         activation = F.interpolate(features[layer].abs(), (48, 64), mode="bilinear")
         number = slow_bins(frames.depth[:, 0], len(units[layer]["count"]))         # -1: none
-        for unit, response in enumerate(units[layer]["signed"].abs().float()):
+        for unit, response in enumerate(units[layer]["absolute"].float()):
             usual = response[number.clamp(min=0)] * (number >= 0)
             pairs = zip(activation[:, unit].flatten(1), usual.flatten(1))
             likeness[layer, unit] = torch.stack(
                 [torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs]).nan_to_num()
             peak = units[layer]["peak_m"][unit].item()
             score = likeness[layer, unit].mean() * units[layer]["selectivity"][unit]
-            bands.setdefault((peak > 2) + (peak > 4), []).append((score.item(), layer, unit))
+            if score > 0:  # a dead unit shows nothing
+                bands.setdefault((peak > 2) + (peak > 4), []).append((score.item(), layer, unit))
     assert chosen == [max(bands[band])[1:] for band in sorted(bands)]
     total = sum(likeness[pair] for pair in chosen)
     assert best.tolist() == total.argsort(descending=True)[:3].tolist()
