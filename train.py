@@ -149,7 +149,7 @@ def parse_args(argv=None):
     # run
     p.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
                    help="mixed precision; auto: bf16, or else fp16, on a GPU, off on a CPU")
-    p.add_argument("--compile", action="store_true", help="torch.compile: slow start, then faster")
+    p.add_argument("--compile", action="store_true", help="torch.compile; slow to start")
     p.add_argument("--out", type=Path, help="run folder; default runs/baseline or runs/selective")
     p.add_argument("--resume", action="store_true", help="continue from last.pt in --out")
     if p.parse_args(argv).notebook:
