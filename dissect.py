@@ -256,15 +256,15 @@ def main(argv=None):
     data.check_folder(args.out)
     photos = [read_photo(file) for path in args.images
               for file in (sorted(path.iterdir()) if path.is_dir() else [path])
-              if file == path or file.suffix.lower() in Image.registered_extensions()]
+              if not file.name.startswith(".")]                            # .DS_Store
     device, loaded = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
     for path in args.checkpoints or newest:
         label = path.resolve().parent.name if path.stem in ("best", "last") else path.stem
         label = str(path).replace("/", "_") if label in loaded else label
         loaded[label] = path, *meter.load_checkpoint(path)
-    trained_on = next((x["config"]["data"] for *_, x in loaded.values() if "config" in x), None)
-    source = data.open_source(args.data or (Path(trained_on) if trained_on else None),
-                              args.raw_depth, args.rooms, device)
+    trained_on = [x.get("config", {}).get("data") for *_, x in loaded.values()]    # or None: rooms
+    path = args.data or next((Path(x) for x in trained_on if x), None)
+    source = data.open_source(path, args.raw_depth, args.rooms, device)
     frames = data.Frames(source, args.split, device, args.feed, limit=args.limit)
     data.stop_on_faults(source)
 
