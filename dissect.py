@@ -238,7 +238,7 @@ def parse_args(argv=None):
     p.add_argument("--limit", type=data.number(int, 1), help="that many, every n-th of them")
     p.add_argument("--layers", nargs="+", choices=meter.LAYERS, default=list(meter.LAYERS),
                    metavar="LAYER", help="to look at")
-    p.add_argument("--notebook", action="store_true", help="its bins; pictures end at 3.92 m")
+    p.add_argument("--notebook", action="store_true", help="the notebook's bins, up to 3.92 m")
     p.add_argument("--viz", action="store_true", help="draw units, maps, overview and activations")
     p.add_argument("--ablate", nargs="?", const="zero", choices=["zero", "mean"],
                    help="switch units off in order of selectivity: to zero, or to the unit's mean")
