@@ -50,13 +50,14 @@ def loss_terms(prediction, depth, units_per_metre=meter.CENTIMETRES):
     cosine = dot / (square_p.sqrt() * square_d.sqrt())
     # SSIM: Gauss windows of sigma 1.5, constants for a range of 1000, which is 10 m in centimetres.
     gauss = torch.softmax(-torch.arange(-5.0, 6.0, device=p.device) ** 2 / (2 * 1.5 ** 2), 0)
-    maps = F.conv2d(torch.cat([p, d, p * p, d * d, p * d]), gauss.view(1, 1, 11, 1))
-    mean_p, mean_d, pp, dd, pd = F.conv2d(maps, gauss.view(1, 1, 1, 11)).chunk(5)
+    maps, gauss = torch.cat([p, d, p * p, d * d, p * d], 1), gauss.expand(5, 1, 1, 11)
+    maps = F.conv2d(F.conv2d(maps, gauss, groups=5), gauss.mT, groups=5)      # (B, 5, h-10, w-10)
+    mean_p, mean_d, pp, dd, pd = maps.chunk(5, 1)                             # (B, 1, h-10, w-10)
     c1, c2 = (0.01 * 1000) ** 2, (0.03 * 1000) ** 2
     ssim = ((2 * mean_p * mean_d + c1) * (2 * (pd - mean_p * mean_d) + c2)
             / ((mean_p ** 2 + mean_d ** 2 + c1) * (pp - mean_p ** 2 + dd - mean_d ** 2 + c2)))
     return {"loss_depth": mean((p - d).abs(), 1),
-            "loss_ssim": 100 * (1 - mean(ssim, 11)),                          # (B, 1, h-10, w-10)
+            "loss_ssim": 100 * (1 - mean(ssim, 11)),
             "loss_normal": 100 * mean((1 - cosine).abs(), 3, padding=1),
             "loss_grad": mean((slope_p - slope_d).abs().sum(1, keepdim=True), 3, padding=1) / 0.5}
 
