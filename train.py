@@ -7,10 +7,9 @@ Writes config.json, log.csv, last.pt, best.pt, curves.png, predictions.png and, 
 metrics.json (best.pt on the test split) to runs/baseline or runs/selective.
 
 The regulariser (You et al. 2021) rewards units that answer to one range of depth only:
-    loss = balanced * (1 + alpha * selectivity),   the second `balanced` without gradient.
+    loss = balanced + alpha * selectivity * balanced.detach()
 So alpha is relative: METER's loss is some hundreds (of centimetres), theirs about 1, and -0.1 just
-added, as with --notebook, would pull a thousandth as hard. It grows from 0 in the first tenth of
-the run: units pulled apart before they have learnt anything may stay behind.
+added, as with --notebook, pulls a thousandth as hard. It grows from 0 in a tenth of the run.
 """
 import argparse
 import contextlib
@@ -129,7 +128,7 @@ def parse_args(argv=None):
     # selectivity
     p.add_argument("--neuron-selective", action="store_true", help="regularise units of --layers")
     p.add_argument("--alpha", type=data.number(float, high=0), default=-0.1,
-                   help="weight of selectivity, relative: loss * (1 + alpha * selectivity)")
+                   help="weight of selectivity relative to the loss: 0 none, -1 strong")
     p.add_argument("--layers", nargs="+", choices=meter.LAYERS, default=["dec_3", "enc_4"],
                    metavar="LAYER", help=f"to regularise, out of {', '.join(meter.LAYERS)}")
     p.add_argument("--min-share", type=data.number(float, 0, 1), default=0.0, metavar="SHARE",
