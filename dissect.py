@@ -86,10 +86,9 @@ def ablate(model, frames, layer, r, replacement, batch_size=16):
     r: units[layer] of `measure`; a unit that is off answers "zero", or its "mean" over pixels."""
     value = (r["signed"] * r["count"]).sum(1) / r["count"].sum() * (replacement == "mean")
     value, ranked = value.float().to(frames.device), r["selectivity"].argsort(descending=True)
-    orders = dict(zip(ORDERS, (ranked, ranked.flip(0))))
-    for n in range(5):                                 # to see their spread
-        chance = torch.Generator().manual_seed(n)
-        orders[f"random {n}"] = torch.randperm(len(value), generator=chance)
+    orders = dict(zip(ORDERS, (ranked, ranked.flip(0)))) | {               # five, for their spread
+        f"random {n}": torch.randperm(len(value), generator=torch.Generator().manual_seed(n))
+        for n in range(5)}
     counts, rows = sorted({round(len(value) * n / 8) for n in range(9)}), []
     show = data.progress(f"ablate {layer}", len(orders) * len(counts) * len(frames))
     for (order, units), n in itertools.product(orders.items(), counts):
@@ -211,8 +210,9 @@ def read_photo(path):
     try:
         photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except Exception as error:  # noqa: BLE001  a damaged file may raise almost anything
-        sys.exit(f"error: --images {path.resolve()} cannot be read: {error}.")
-    return torch.from_numpy(np.array(ImageOps.fit(photo, data.SIZE[::-1]))).permute(2, 0, 1)
+        sys.exit(f"error: --images {path.resolve()} is no photo: {error}.")
+    photo = ImageOps.fit(photo, data.SIZE[::-1], Image.Resampling.BILINEAR)    # as in training
+    return torch.from_numpy(np.array(photo)).permute(2, 0, 1)
 
 def print_table(results):
     """Layer by layer, both measures, checkpoints side by side, with differences from the first."""
@@ -254,9 +254,8 @@ def main(argv=None):
     if not args.checkpoints and not newest:
         sys.exit("error: no runs/*/best.pt: run `python train.py` first, or name a checkpoint.")
     data.check_folder(args.out)
-    photos = [read_photo(file) for path in args.images
-              for file in (sorted(path.iterdir()) if path.is_dir() else [path])
-              if not file.name.startswith(".")]                            # .DS_Store
+    photos = [read_photo(file) for path in args.images                     # no .DS_Store
+              for file in sorted(path.glob("[!.]*")) or [path]]
     device, loaded = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
     for path in args.checkpoints or newest:
         label = path.resolve().parent.name if path.stem in ("best", "last") else path.stem

@@ -4,6 +4,7 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -200,9 +201,18 @@ def test_figures_are_drawn_for_frames_and_for_photos(folder):
             assert len(picture.convert("RGB").getcolors(10 ** 7)) > 20, path.name
 
 
+@pytest.mark.parametrize("size, middle", [((640, 480), None), ((120, 200), (0, 55, 120, 145))])
+def test_a_photo_is_cut_to_its_middle_and_resized_as_frames_in_training(tmp_path, size, middle):
+    photo = Image.frombytes("RGB", size, np.random.default_rng(0).bytes(3 * size[0] * size[1]))
+    photo.save(tmp_path / "photo.png")
+    expected = np.asarray(photo.resize((256, 192), Image.BILINEAR, middle))
+    assert np.array_equal(dissect.read_photo(tmp_path / "photo.png").permute(1, 2, 0), expected)
+
+
 def test_a_broken_photo_is_named(folder):
     (folder / "broken.png").write_bytes(b"no picture")
-    for path in (folder / "broken.png", folder / "nowhere.png"):
+    (folder / "empty").mkdir()
+    for path in (folder / "broken.png", folder / "nowhere.png", folder / "empty"):
         message = end(folder / "runs/cm/best.pt", "--images", path, "--out", folder / "no")
         assert str(path) in message and "--images" in message
 
