@@ -138,7 +138,7 @@ def main():
     print(f"{'':58}{'images/s':>12}{'ms':>12}{'ratio':>10}" + "       MiB" * gpu)
 
     folder = Path(tempfile.mkdtemp())
-    data.pack(data.Rooms(2 * max(sizes), DEVICE), folder / "rooms.h5")
+    data.pack(data.Rooms(2 * max(sizes), "cpu"), folder / "rooms.h5")
     packed = data.Packed(folder / "rooms.h5")
     frames = data.Frames(packed, "train", DEVICE, "device", limit=max(sizes))
     for size in sizes:
