@@ -321,7 +321,7 @@ def test_the_saved_weights_are_a_moving_average_over_the_steps(flags, tmp_path, 
     steps, genuine = [], torch._foreach_lerp_
 
     def note(means, current, weight):
-        steps.append([x.clone() for x in current])
+        steps.append([x.clone().cpu() for x in current])
         genuine(means, current, weight)
 
     monkeypatch.setattr(torch, "_foreach_lerp_", note)
