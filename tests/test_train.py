@@ -379,7 +379,8 @@ def test_bins_below_min_share_do_not_pull(flags, tmp_path):
     run(*flags, "--out", tmp_path / "plain")
     none, plain = log(tmp_path / "none"), log(tmp_path / "plain")
     assert [row.pop("selectivity_dec_3") for row in none] == ["0.0", "0.0"]
-    assert [row["loss"] for row in none] == [row["loss"] for row in plain]
+    none, plain = ([float(row["loss"]) for row in rows] for rows in (none, plain))
+    assert none == pytest.approx(plain, rel=1e-5)  # adding zero changes layouts, hence roundings
 
 
 def test_bf16_trains_close_to_fp32(flags, tmp_path):
