@@ -243,9 +243,10 @@ class Frames:
     def __init__(self, source, split, device, feed="auto", notebook=False, limit=None):
         self.source, self.device, self.feed = source, torch.device(device), feed
         self.pool, self.indices = split_indices(source.sizes, split, notebook)
-        self.indices = self.indices[::max(len(self) // (limit or math.inf), 1)][:limit]
-        if not len(self):
+        if not (whole := len(self)):
             sys.exit(f"error: no images in split {split}: the source has {source.sizes}.")
+        part = min(limit or whole, whole)              # evenly spaced
+        self.indices = [self.indices[n * whole // part] for n in range(part)]
         if feed == "auto":
             need = len(self) * (3 * math.prod(SIZE) + 4 * math.prod(DEPTH_SIZE))   # bytes
             pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"

@@ -235,7 +235,7 @@ def parse_args(argv=None):
                    help="ours, the notebook's or METER's; several are compared; none: newest run's")
     data.add_source_arguments(p)
     p.add_argument("--split", choices=["train", "val", "test"], default="test", help="the frames")
-    p.add_argument("--limit", type=data.number(int, 1), help="that many, every n-th of them")
+    p.add_argument("--limit", type=data.number(int, 1), help="that many, evenly spaced")
     p.add_argument("--layers", nargs="+", choices=meter.LAYERS, default=list(meter.LAYERS),
                    metavar="LAYER", help="to look at")
     p.add_argument("--notebook", action="store_true", help="the notebook's bins, up to 3.92 m")

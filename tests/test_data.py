@@ -102,7 +102,10 @@ def test_feeds_give_the_same_batches_and_first_skips_without_changing_the_order(
 
 
 def test_limit_spreads_frames_over_the_split(packed):
-    assert_equal(load(packed, limit=5), [x[::4][:5] for x in load(packed)])
+    whole = load(packed)
+    for limit, rows in ((5, [0, 4, 8, 13, 17]), (20, [*range(10), *range(11, 21)])):
+        assert_equal(load(packed, limit=limit), [x[rows] for x in whole])
+    assert_equal(load(packed, limit=23), whole)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA"])
