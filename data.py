@@ -249,8 +249,9 @@ class Frames:
         self.indices = [self.indices[n * whole // part] for n in range(part)]
         if feed == "auto":
             need = len(self) * (3 * math.prod(SIZE) + 4 * math.prod(DEPTH_SIZE))   # bytes
-            pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-            host = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")          # free memory; macOS: all
+            known = getattr(os, "sysconf_names", ())   # free memory; macOS: all; Windows: not said
+            pages = [x for x in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if x in known]
+            host = os.sysconf(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else math.inf
             free = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else host
             self.feed = "device" if need < free / 2 else "host" if need < 0.7 * host else "file"
         self.where = self.device if self.feed == "device" else torch.device("cpu")
@@ -325,7 +326,7 @@ def write(path, save):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(temporary)
-        with open(temporary) as file:
+        with open(temporary, "r+b") as file:           # Windows flushes no file open to read
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:

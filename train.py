@@ -155,8 +155,7 @@ def parse_args(argv=None):
     if p.parse_args(argv).notebook:
         p.set_defaults(**NOTEBOOK)
     args = p.parse_args(argv)
-    if len(set(args.layers)) < len(args.layers):
-        p.error(f"--layers names a layer twice: {' '.join(args.layers)}")
+    args.layers = list(dict.fromkeys(args.layers))     # each once
     args.out = args.out or Path("runs", "selective" if args.neuron_selective else "baseline")
     return args
 

@@ -3,6 +3,7 @@ import base64
 import itertools
 import json
 import math
+import os
 import shutil
 
 import h5py
@@ -99,6 +100,17 @@ def test_feeds_give_the_same_batches_and_first_skips_without_changing_the_order(
         assert torch.equal(torch.cat([rows for rows, _, _ in batches]), order)
         for found, batch in zip(frames.batches(4, order, first=2), batches[2:], strict=True):
             assert_equal(found, batch)
+
+
+@pytest.mark.parametrize("known, free, feed", [
+    ({"SC_AVPHYS_PAGES": 0, "SC_PHYS_PAGES": 0}, 2.1, "device"),  # need: 22 frames
+    ({"SC_PHYS_PAGES": 0}, 1.9, "host"), ({"SC_AVPHYS_PAGES": 0}, 1.4, "file"),
+    ({}, 0, "device")])  # as on Windows, which does not say
+def test_auto_feeds_from_the_first_place_with_room(packed, monkeypatch, known, free, feed):
+    need = 22 * (192 * 256 * 3 + 48 * 64 * 4)
+    monkeypatch.setattr(os, "sysconf_names", known)
+    monkeypatch.setattr(os, "sysconf", lambda key: 1 if key == "SC_PAGE_SIZE" else free * need)
+    assert data.Frames(data.open_source(packed), "train", "cpu").feed == feed
 
 
 def test_limit_spreads_frames_over_the_split(packed):

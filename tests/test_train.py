@@ -492,13 +492,18 @@ def test_a_constant_schedule_may_run_on_for_more_epochs_but_not_for_fewer(flags,
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--layers", "dec_9"], "dec_9"), (["--layers", "dec_3", "dec_3"], "twice"),
+    (["--layers", "dec_9"], "dec_9"),
     (["--alpha", "nan"], "--alpha"), (["--alpha=-inf"], "--alpha"), (["--alpha", "0.1"], "--alpha"),
     (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"), (["--epochs", "0"], "--epochs"),
     (["--batch-size", "0"], "--batch-size"), (["--epochs", "two"], "invalid int")])
 def test_a_wrong_flag_is_named(words, says, capsys, tmp_path):
     message = end("--out", tmp_path / "new", *words)
     assert says in message + capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_a_layer_named_twice_is_regularised_once():
+    names = "dec_3", "enc_4", "dec_3"
+    assert train.parse_args(["--layers", *names]).layers == ["dec_3", "enc_4"]
 
 
 def test_what_cannot_work_ends_with_a_sentence_before_training(flags, unbroken, tmp_path):
