@@ -197,14 +197,14 @@ def bin_weights(depth, thresholds, size):
     Interpolation is linear: a map interpolated to H x W and added up over a bin's pixels equals the
     map added up under the bin's mask pulled back to h x w. Finer maps: H x W, see `bin_sums`."""
     shape = len(depth), len(thresholds) + 1, *depth.shape[-2:]             # 0 missing, K + 1 beyond
-    member = depth.new_zeros(shape).scatter_(1, torch.bucketize(depth, thresholds), 1)[:, 1:-1]
+    weights = depth.new_zeros(shape).scatter_(1, torch.bucketize(depth, thresholds), 1)
     size = tuple(map(min, size, depth.shape[-2:]))
-    if size == depth.shape[-2:]:
-        return member
-    rows, columns = (
-        F.interpolate(torch.eye(cells, device=depth.device)[None], pixels, mode="linear")[0]
-        for cells, pixels in zip(size, depth.shape[-2:]))                  # (h, H), (w, W)
-    return rows @ member @ columns.mT
+    if size != depth.shape[-2:]:
+        rows, columns = (
+            F.interpolate(torch.eye(cells, device=depth.device)[None], pixels, mode="linear")[0]
+            for cells, pixels in zip(size, depth.shape[-2:]))              # (h, H), (w, W)
+        weights = rows @ weights @ columns.mT
+    return weights[:, 1:-1]
 
 def bin_sums(features, weights):
     """Activations (B, C, h, w) added up under their bin_weights: (C, K)."""
