@@ -112,7 +112,7 @@ def slow_rmse(predictions, frames):
 
 @pytest.mark.parametrize("notebook", [False, True])
 def test_measure_equals_a_loop_over_images_and_bins(network, frames, notebook):
-    names = ["enc_0", "enc_4", "enc_9", "dec_0", "dec_2", "dec_3"]  # finer, equal, coarser; signed
+    names = ["enc_0", "enc_4", "enc_8", "enc_9", "dec_0", "dec_3"]  # finer, equal, coarser; signed
     metrics, units = dissect.measure(network, frames, names, notebook, batch_size=4)
     image, depth = frames.fetch(torch.arange(6))
     with torch.no_grad(), record(network, names) as features:
