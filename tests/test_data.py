@@ -164,6 +164,15 @@ def test_rooms_are_flat_faced_and_as_deep_as_nyu():
         assert 0.7 < (bend < 1e-5).float().mean() < 0.999
 
 
+def test_depth_in_rooms_is_that_of_the_pixel_which_pillow_takes_for_four():
+    image, depth = map(torch.cat, zip(*map(data.make_rooms, torch.arange(30).split(15))))
+    image = image.float().mean(1)
+    for grey, z in ((image, depth[:, 0]), (image.mT, depth[:, 0].mT)):  # along rows, then columns
+        change = grey[:, 2::4].diff().abs()[..., 2:-1].unfold(2, 4, 4)  # 4c+2 .. 4c+6 of each row
+        jump = z.log().diff().abs() > 0.4  # from depth c to c + 1
+        assert (change[jump].mean(0) > 2 * change[~jump].mean()).all()
+
+
 def crafted_draws(frames, **values):
     """Draws that change nothing, except those given as d<column>=value."""
     draws = torch.full((frames, data.AUGMENT_DRAWS), 1 - 2 ** -24)
