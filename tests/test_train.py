@@ -31,6 +31,7 @@ from model import (
     METER,
     assigned_selectivity,
     layer_thresholds,
+    load_checkpoint,
     record,
 )
 
@@ -317,15 +318,18 @@ def test_a_run_writes_its_files_with_all_figures_and_columns(unbroken):
     assert state(unbroken / "best.pt")["epoch"] == int(best["epoch"])
 
 
-def test_the_saved_weights_are_a_moving_average_over_the_steps(flags, tmp_path, monkeypatch):
-    steps, genuine = [], torch._foreach_lerp_
+def test_the_saved_weights_are_a_moving_average_over_the_steps(
+        flags, packed, tmp_path, monkeypatch):
+    steps, weights, genuine = [], [], torch._foreach_lerp_
 
     def note(means, current, weight):
         steps.append([x.clone().cpu() for x in current])
+        weights.append(weight)
         genuine(means, current, weight)
 
     monkeypatch.setattr(torch, "_foreach_lerp_", note)
-    run(*flags, "--batch-size", 1, "--epochs", 1, "--out", tmp_path)
+    words = [*flags, "--batch-size", 1, "--schedule", "constant", "--lr", 0.01, "--out", tmp_path]
+    run(*words, "--epochs", 1)
     assert len(steps) == 11
     literal = steps[0]
     for n, current in enumerate(steps):
@@ -335,6 +339,14 @@ def test_the_saved_weights_are_a_moving_average_over_the_steps(flags, tmp_path, 
     for key, expected in (("model", literal), ("training", steps[-1])):
         found = [x for x in saved[key].values() if x.is_floating_point()]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    model, _ = load_checkpoint(tmp_path / "best.pt")           # that is judged, on val and test
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    for split, said in (("val", log(tmp_path)[0]), ("test", metrics)):
+        found = train.evaluate(model, data.Frames(data.Packed(packed), split, "cpu"), 1)
+        assert found == pytest.approx({key: float(said[key]) for key in found}, rel=1e-3)
+    torch.save(saved | {"epoch": 80}, tmp_path / "last.pt")    # 880 steps; 100 in the mean from 891
+    run(*words, "--epochs", 82, "--resume")
+    assert weights[11:] == pytest.approx([max(0.01, 9 / (9 + n)) for n in range(880, 902)])
 
 
 def test_alpha_grows_over_the_first_tenth_but_not_in_the_notebook(flags, tmp_path, monkeypatch):
