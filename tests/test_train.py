@@ -374,6 +374,18 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(flags, unbrok
     assert log(tmp_path / "other") != log(unbroken)
 
 
+def test_augmentation_draws_anew_for_each_frame_and_epoch(flags, tmp_path, monkeypatch):
+    seen, genuine = [], data.augment
+
+    def note(image, depth, draws):
+        seen.extend(draws[:, 0].tolist())
+        return genuine(image, depth, draws)
+
+    monkeypatch.setattr(data, "augment", note)
+    run(*flags, "--augment", "--out", tmp_path)
+    assert len(seen) == len(set(seen)) == 22
+
+
 def test_selective_training_starts_from_a_checkpoint_and_logs_its_layers(flags, unbroken, tmp_path):
     run(*flags, "--neuron-selective", "--layers", "enc_2", "dec_0", "--augment",
         "--init", unbroken / "best.pt", "--out", tmp_path)
