@@ -199,6 +199,8 @@ def test_figures_are_drawn_for_frames_and_for_photos(folder):
     for path in out.glob("*.png"):
         with Image.open(path) as picture:
             assert len(picture.convert("RGB").getcolors(10 ** 7)) > 20, path.name
+    three, one = (Image.open(out / f"cm_photos_{page}.png").width for page in (1, 2))
+    assert three == 3 * one                                    # two pictures of each photo
 
 
 @pytest.mark.parametrize("size, middle", [((640, 480), None), ((120, 200), (0, 55, 120, 145))])
@@ -227,6 +229,17 @@ def test_the_newest_run_is_taken_and_without_one_a_sentence_helps(folder, tmp_pa
     monkeypatch.chdir(tmp_path)
     assert "train.py" in end()
     assert "nowhere.pt" in end("nowhere.pt")
+
+
+def test_the_split_and_the_bins_are_those_asked_for(network, folder):
+    result, _, _ = run(folder, ["cm"], "--split", "val", "--notebook", "--layers", "dec_3")
+    frames = data.Frames(data.Packed(folder / "rooms.h5"), "val", CPU)
+    metrics, units = dissect.measure(network, frames, ["dec_3"], notebook=True)
+    assert result["images"] == len(frames) == 1
+    assert result["rmse_m"] == pytest.approx(metrics["rmse_m"], rel=1e-4)
+    for key in dissect.MEASURES:
+        wanted = units["dec_3"][key].mean().item()
+        assert result["layers"]["dec_3"][key] == pytest.approx(wanted, abs=1e-4)
 
 
 def read_by(network, layer, unit):
@@ -279,6 +292,7 @@ def test_ablation_to_the_mean_follows_the_order_of_selectivity(network, frames):
                 (row,) = [row for row in rows if row["order"] == name and row["units_off"] == n]
                 assert row["rmse_m"] == pytest.approx(error, rel=1e-4)
     assert len({row["order"] for row in rows}) == 2 + 5 and len(rows) == 7 * 9
+    assert len({row["rmse_m"] for row in rows if row["units_off"] == 4}) > 5   # orders differ
 
 
 @pytest.mark.parametrize("layers", [["enc_2"], ["enc_5", "enc_7"], ["enc_9"], ["dec_1", "dec_3"]])

@@ -349,18 +349,23 @@ def test_the_saved_weights_are_a_moving_average_over_the_steps(
     assert weights[11:] == pytest.approx([max(0.01, 9 / (9 + n)) for n in range(880, 902)])
 
 
-def test_alpha_grows_over_the_first_tenth_but_not_in_the_notebook(flags, tmp_path, monkeypatch):
-    seen, genuine = [], train.objective
+def test_alpha_grows_over_the_first_tenth_but_not_in_the_notebook_and_losses_are_means(
+        flags, tmp_path, monkeypatch):
+    seen, losses, genuine = [], [], train.objective
 
     def note(prediction, depth, features, alpha, *rest):
         seen.append(float(alpha))
-        return genuine(prediction, depth, features, alpha, *rest)
+        terms = genuine(prediction, depth, features, alpha, *rest)
+        losses.extend([terms["loss"].item()] * prediction.requires_grad)
+        return terms
 
     monkeypatch.setattr(train, "objective", note)
     words = [*flags, "--neuron-selective", "--alpha", -0.6, "--layers", "dec_3"]
     run(*words, "--batch-size", 1, "--out", tmp_path / "ours")         # 22 steps
     assert seen[:6] == pytest.approx([-0.6 * n / 2.2 for n in (0, 1, 2, 2.2, 2.2, 2.2)])
     assert seen[6:] == pytest.approx([-0.6] * len(seen[6:]))
+    means = [sum(losses[:11]) / 11, sum(losses[11:]) / 11]
+    assert [float(row["loss"]) for row in log(tmp_path / "ours")] == pytest.approx(means)
     seen.clear()
     run(*words, "--notebook", "--epochs", 1, "--out", tmp_path / "notebook")
     assert seen == pytest.approx([-0.6] * 5)
