@@ -362,6 +362,9 @@ BROKEN = {
     "missing last encoder key": save_broken("encoder.conv2.0.weight", lambda x: None),
     "extra key": save_broken("encoder.extra", lambda x: torch.ones(1)),
     "nan": save_broken(STEM, lambda x: x * math.nan),
+    "infinity": save_broken(STEM, lambda x: x * math.inf),
+    "no units": lambda path: torch.save(
+        {"model": METER().state_dict(), "units_per_metre": 0.0}, path),
     "wrong shape": save_broken(STEM, lambda x: x[:, :2]),
     "wrong size": save_broken("encoder.conv2.0.weight", lambda x: x[:37]),
     "not a tensor": save_broken(STEM, lambda x: 3),
