@@ -295,6 +295,21 @@ def test_ablation_to_the_mean_follows_the_order_of_selectivity(network, frames):
     assert len({row["rmse_m"] for row in rows if row["units_off"] == 4}) > 5   # orders differ
 
 
+def test_the_mean_that_a_unit_is_set_to_keeps_its_sign(network, frames, monkeypatch):
+    _, units = dissect.measure(network, frames, ["dec_0"])
+    seen = []
+    monkeypatch.setattr(dissect, "switch_off", lambda units, value: seen.append(value))
+    monkeypatch.setattr(dissect, "measure", lambda *_, **__: ({"rmse_m": 0.0}, {}))
+    dissect.ablate(network, frames, "dec_0", units["dec_0"], "mean")
+    with torch.no_grad(), record(network, ["dec_0"]) as features:
+        network(torch.cat([image for image, _ in batches(frames)]))
+    valid = ((frames.depth > 0) & (frames.depth <= 10))[:, 0]
+    full = F.interpolate(features["dec_0"], (48, 64), mode="bilinear")
+    means = torch.stack([full[:, unit][valid].mean() for unit in range(64)])
+    assert (means < 0).any() and (means > 0).any()
+    torch.testing.assert_close(seen[0], means, rtol=1e-4, atol=1e-5 * means.abs().max().item())
+
+
 @pytest.mark.parametrize("layers", [["enc_2"], ["enc_5", "enc_7"], ["enc_9"], ["dec_1", "dec_3"]])
 def test_the_units_drawn_are_those_whose_answer_looks_most_like_its_mean_at_each_depth(
         network, frames, layers):
@@ -338,7 +353,7 @@ def test_correction_gives_each_cell_the_mean_response_to_its_true_depth(frames, 
     assert torch.equal(changed[:, [0, 2]], x[:, [0, 2]])
 
 
-def test_ablation_and_correction_write_their_tables_and_a_figure(folder):
+def test_ablation_and_correction_write_their_tables_and_a_figure(folder, capsys):
     result, _, out = run(folder, ["cm"], "--layers", "dec_3", "--ablate", "--correct")
     rows = table(out / "ablation.csv")
     assert list(rows[0]) == ["checkpoint", "layer", "replaced_by", "order", "units_off", "rmse_m"]
@@ -351,3 +366,6 @@ def test_ablation_and_correction_write_their_tables_and_a_figure(folder):
     for row in rows:
         change = float(row["rmse_m"]) - result["rmse_m"]
         assert float(row["change_m"]) == pytest.approx(change, abs=1e-6)
+    printed = capsys.readouterr().out.split("lowers RMSE most:\n")[1].splitlines()
+    best = min(rows, key=lambda row: float(row["change_m"]))["unit"]
+    assert len(printed) == 9 and f"| unit {best} |" in printed[0]      # 8 units, "written to"
