@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -184,6 +185,15 @@ def test_two_checkpoints_stand_side_by_side_and_units_per_metre_come_from_each(f
     (first, second), _, _ = run(folder, ["cm", "other"], "--layers", "dec_3")
     change = second["layers"]["dec_3"]["selectivity"] - first["layers"]["dec_3"]["selectivity"]
     assert f"({change:+.3f})" in capsys.readouterr().out and change
+
+
+def test_two_runs_of_one_name_are_kept_apart(folder, tmp_path):
+    shutil.copytree(folder / "runs/other", tmp_path / "cm")
+    paths = [str(path / "cm" / "best.pt") for path in (folder / "runs", tmp_path)]
+    dissect.main([*paths, "--layers", "dec_3", "--out", str(tmp_path / "out")])
+    first, second = json.loads((tmp_path / "out" / "dissect.json").read_text())
+    assert [first["checkpoint"], second["checkpoint"]] == paths
+    assert first["rmse_m"] != second["rmse_m"]
 
 
 def test_figures_are_drawn_for_frames_and_for_photos(folder):
