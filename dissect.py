@@ -283,11 +283,13 @@ def main(argv=None):
             if args.ablate:
                 ablation += [{"checkpoint": label, **row} for row in
                              ablate(model, frames, layer, r, args.ablate, args.batch_size)]
+            show = data.progress(f"correct {layer}", len(r["unit"]) * len(frames))
             for k, response in enumerate(r["signed"].float().to(device) if args.correct else ()):
                 change = layer, give_mean(k, response, r["edges"].to(device))
                 error = measure(model, frames, [], False, args.batch_size, change)[0]["rmse_m"]
                 correction.append({"checkpoint": label, "layer": layer, "unit": k, "rmse_m": error,
                                    "change_m": error - metrics["rmse_m"]})
+                show((k + 1) * len(frames))
         results[label] = {
             "checkpoint": str(path), "binning": "notebook" if args.notebook else "metres",
             "split": args.split, "images": len(frames), **metrics, "layers": layers,

@@ -125,7 +125,6 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     data.add_source_arguments(p)
-    # selectivity
     p.add_argument("--neuron-selective", action="store_true", help="regularise units of --layers")
     p.add_argument("--alpha", type=data.number(float, high=0), default=-0.1,
                    help="weight of selectivity relative to the loss: 0 none, -1 strong")
@@ -133,7 +132,6 @@ def parse_args(argv=None):
                    metavar="LAYER", help=f"to regularise, out of {', '.join(meter.LAYERS)}")
     p.add_argument("--min-share", type=data.number(float, 0, 1), default=0.0, metavar="SHARE",
                    help="leave out bins with no more than this share of a batch's pixels: .001")
-    # recipe
     p.add_argument("--variant", choices=meter.VARIANTS, default="xxs", help="size of METER")
     p.add_argument("--init", type=Path, help="checkpoint to start from, not random weights")
     p.add_argument("--epochs", type=data.number(int, 1), default=12, help="passes over the split")
@@ -146,7 +144,6 @@ def parse_args(argv=None):
     p.add_argument("--notebook", action="store_true", help="as the notebook: grey levels, its bins "
                    f"and split, literal alpha; unless given, {data.line(NOTEBOOK)}")
     p.add_argument("--seed", type=data.number(int, 0), default=0, help="of weights, order, augment")
-    # run
     p.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
                    help="mixed precision; auto: bf16, or else fp16, on a GPU, off on a CPU")
     p.add_argument("--compile", action="store_true", help="torch.compile; slow to start")

@@ -363,7 +363,8 @@ def test_correction_gives_each_cell_the_mean_response_to_its_true_depth(frames, 
     assert torch.equal(changed[:, [0, 2]], x[:, [0, 2]])
 
 
-def test_ablation_and_correction_write_their_tables_and_a_figure(folder, capsys):
+def test_ablation_and_correction_write_their_tables_and_a_figure(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     result, _, out = run(folder, ["cm"], "--layers", "dec_3", "--ablate", "--correct")
     rows = table(out / "ablation.csv")
     assert list(rows[0]) == ["checkpoint", "layer", "replaced_by", "order", "units_off", "rmse_m"]
@@ -376,6 +377,8 @@ def test_ablation_and_correction_write_their_tables_and_a_figure(folder, capsys)
     for row in rows:
         change = float(row["rmse_m"]) - result["rmse_m"]
         assert float(row["change_m"]) == pytest.approx(change, abs=1e-6)
-    printed = capsys.readouterr().out.split("lowers RMSE most:\n")[1].splitlines()
+    progress, printed = capsys.readouterr().out.split("lowers RMSE most:\n")
+    assert "ablate dec_3" in progress and "correct dec_3" in progress
+    printed = printed.splitlines()
     best = min(rows, key=lambda row: float(row["change_m"]))["unit"]
     assert len(printed) == 9 and f"| unit {best} |" in printed[0]      # 8 units, "written to"
