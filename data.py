@@ -23,6 +23,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -32,7 +33,7 @@ DEPTH_PNG = {  # metres per level, and modes of Pillow: 8-bit train, 16-bit test
     "train": (10 / 255, ("L",)), "test": (1 / 1000, ("I;16", "I;16B", "I"))}
 KAGGLE_MOUNT = Path("/kaggle/input/nyu-depth-v2/nyu_data")
 PACKED = "METER frames, version 1"                     # attribute `format` of a packed .h5
-AUGMENT_DRAWS = 11                                     # random numbers `augment` takes for a frame
+DRAWS = 11, 15                     # random numbers that `augment` takes for a frame: plain, zoomed
 TEST_BITS = (  # the 654 official test frames among the 1,449 labelled ones, one bit each
     "wIfIH//mAb4AHh/gAAAOD7yAAOADvx///8PwHAAAAEABA4P4AfwHOA/+AAM/8AAB/DgAPAAH4P8AB8/4AAAAH7/8OOAO"
     "P//gPgPAPhj4APwYYcMfn4fM4H+MHzwDAAP////gAfB8DgD//HD8DgAAAABwDgceAOADzn+AA+DwcA4BxgGYwAA/8f9/"
@@ -294,11 +295,11 @@ def normalise(image):
     mean, std = (constant(x, image.device).view(3, 1, 1) for x in (MEAN, STD))
     return (image - mean) / std
 
-def augment(image, depth, draws):
+def augment(image, depth, draws, zoom=1.0):
     """METER's augmentations, each with p = 0.5 for each frame (Papa et al.).
-    image (B, 3, H, W) RGB 0..1; depth (B, 1, h, w) metres; draws (B, AUGMENT_DRAWS) in 0..1.
-    Mirror; another channel order; colours b * rgb ** g * e, all in 0.9..1.1; depth +-10 cm. Not as
-    in the release: gamma on 0..255, repeated channels, crops, a vertical flip of no effect."""
+    image (B, 3, H, W) RGB 0..1; depth (B, 1, h, w) metres; draws (B, 11 or 15) in 0..1.
+    Mirror; another channel order; colours b * rgb ** g * e, all in 0.9..1.1; depth +-10 cm; a crop
+    enlarged up to `zoom` times, its depth divided by as much (Eigen et al. 2014)."""
     draws = draws[:, :, None, None, None].to(image.device)                 # (B, D, 1, 1, 1)
     mirror, permute, recolour, shift = (draws[:, :4] < 0.5).unbind(1)      # (B, 1, 1, 1) each
     image, depth = (torch.where(mirror, x.flip(3), x) for x in (image, depth))
@@ -308,7 +309,15 @@ def augment(image, depth, draws):
     b, g, *e = (0.9 + 0.2 * draws[:, 5:10]).unbind(1)                      # e: for each channel
     image = torch.where(recolour, (b * image ** g * torch.cat(e, 1)).clamp(0, 1), image)
     moved = (depth + 0.2 * draws[:, 10] - 0.1).clamp(min=1e-3)
-    return image, torch.where(shift & (depth > 0), moved, depth)
+    depth = torch.where(shift & (depth > 0), moved, depth)
+    if zoom > 1:
+        part = 1 / (1 + (zoom - 1) * draws[:, 12] * (draws[:, 11] < 0.5))  # of height and width
+        middle = (2 * draws[:, None, 13:, :, 0, 0] - 1) * (1 - part)       # (B, 1, 2, 1): x, y
+        window = torch.cat([part * torch.eye(2, device=part.device), middle], 3)[:, 0]  # (B, 2, 3)
+        grids = [F.affine_grid(window, x.shape, align_corners=False) for x in (image, depth)]
+        image = F.grid_sample(image, grids[0], "bilinear", "border", False)
+        depth = F.grid_sample(depth, grids[1], "nearest", "border", False) * part
+    return image, depth
 
 def depth_metrics(prediction, depth):
     """The usual NYU metrics of each frame: a dict of (B,) tensors, nan where nothing was measured.
@@ -413,10 +422,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.out.suffix != ".h5" or args.out.exists() or not args.out.parent.is_dir():
         sys.exit(f"error: {args.out.resolve()} must be a new .h5 file in a folder that exists.")
-    source, start = open_source(args.source, args.raw_depth), time.monotonic()
-    pack(source, args.out)
-    print(f"{args.out}: {source.sizes} frames, {args.out.stat().st_size / 1e9:.2f} GB, "
-          f"{sum(source.sizes.values()) / (time.monotonic() - start):.0f} images/s")
+    pack(source := open_source(args.source, args.raw_depth), args.out)
+    print(f"{args.out}: {source.sizes} frames, {args.out.stat().st_size / 1e9:.2f} GB")
 
 if __name__ == "__main__":
     main()

@@ -117,7 +117,6 @@ def draw_layer(title, r, path):
                     "colour: depth of its peak; orange: the bin that training assigns", fontsize=10)
     figure.supxlabel("depth in metres", fontsize=10)
     data.write_figure(path.with_name(f"{path.name}_units.png"), figure)
-
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axis, order = figure.subplots(), r["peak_bin"].argsort(stable=True).numpy()
     scaled = (response / np.maximum(response.max(1, keepdims=True), 1e-12))[order]
@@ -161,9 +160,8 @@ def draw_ablation(rows, path):
 
 @torch.no_grad()
 def two_pictures(model, image, depth, units):
-    """What units answer to images, and what they usually answer to each pixel's depth, on the CPU:
-    (depth, or if None the prediction; {layer: (|activation| and its mean at that depth, 0 where it
-    is missing, (B, C, 48, 64) each, and the correlation of the two (B, C))})."""
+    """Depth (if None, the prediction) and what units answer, on the CPU: {layer: (|activation| and
+    its mean at that depth, 0 if missing, (B, C, 48, 64) each, and their correlation (B, C))}."""
     with meter.record(model, units) as features:
         prediction = model(data.normalise(image / 255))
     depth, pictures = (prediction if depth is None else depth).cpu(), {}
@@ -175,9 +173,8 @@ def two_pictures(model, image, depth, units):
     return depth, pictures
 
 def choose_units(model, frames, units):
-    """Up to three units, that peak near (up to 2 m), in the middle (4 m) and far: [(layer, unit),
-    ...], those with the highest selectivity times correlation of `two_pictures`, averaged over up
-    to 24 frames, evenly spaced; and the rows of the three frames in which they correlate best."""
+    """[(layer, unit), ...], one that peaks near (to 2 m), in the middle (4 m), far: the highest in
+    selectivity * correlation, over up to 24 frames; and three frames in which these agree best."""
     rows = torch.arange(0, len(frames), -(-len(frames) // 24))
     _, pictures = two_pictures(model, *frames.fetch(rows), units)
     names = [(layer, unit) for layer, r in units.items() for unit in range(len(r["unit"]))]
@@ -266,7 +263,6 @@ def main(argv=None):
     source = data.open_source(path, args.raw_depth, args.rooms, device)
     frames = data.Frames(source, args.split, device, args.feed, limit=args.limit)
     data.stop_on_faults(source)
-
     results, rows, ablation, correction = {}, [], [], []
     for label, (path, model, _) in loaded.items():
         model.to(device, memory_format=torch.channels_last).eval()

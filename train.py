@@ -3,13 +3,12 @@
     python train.py                                          # synthetic rooms, no download
     python train.py --data nyu.h5 --neuron-selective --alpha -0.1    # NYU; units pulled to a depth
 
-Writes config.json, log.csv, last.pt, best.pt, curves.png, predictions.png and, at the end,
-metrics.json (best.pt on the test split) to runs/baseline or runs/selective.
+Writes settings, log, checkpoints, figures and test metrics to runs/baseline or runs/selective.
 
 The regulariser (You et al. 2021) rewards units that answer to one range of depth only:
     loss = balanced + alpha * selectivity * balanced.detach()
-So alpha is relative: METER's loss is some hundreds (of centimetres), theirs about 1, and -0.1 just
-added, as with --notebook, pulls a thousandth as hard. It grows from 0 in a tenth of the run.
+METER's loss is some hundreds, theirs about 1: just added, as with --notebook, -0.1 would pull a
+thousandth as hard. So alpha is relative; it grows from 0 in a tenth of the run.
 """
 import argparse
 import contextlib
@@ -141,6 +140,7 @@ def parse_args(argv=None):
     p.add_argument("--weight-decay", type=data.number(float, 0, 1), default=0.01, help="AdamW's")
     p.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True,
                    help="mirror, shift colours and depth")
+    p.add_argument("--zoom", type=data.number(float, 1, 4), default=1, help="crop and enlarge: 1.5")
     p.add_argument("--notebook", action="store_true", help="as the notebook: grey levels, its bins "
                    f"and split, literal alpha; unless given, {data.line(NOTEBOOK)}")
     p.add_argument("--seed", type=data.number(int, 0), default=0, help="of weights, order, augment")
@@ -199,7 +199,6 @@ def main(argv=None):
     step_objective = torch.compile(objective, dynamic=False) if args.compile else objective
     if args.compile:
         model.compile(dynamic=False)
-
     data.check_folder(args.out)
     source = data.open_source(args.data, args.raw_depth, args.rooms, device)
     splits = {split: data.Frames(source, split, device, args.feed, args.notebook)
@@ -239,15 +238,15 @@ def main(argv=None):
             handlers.callback(signal.signal, number, signal.signal(number, note))
         for epoch in range(first_epoch, args.epochs):
             model.train()
-            draws = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
-            order = torch.randperm(len(train), generator=draws).to(train.where)
-            chances = torch.rand(len(train), data.AUGMENT_DRAWS, generator=draws).to(train.where)
+            rng = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
+            order = torch.randperm(len(train), generator=rng).to(train.where)
+            draws = torch.rand(len(train), data.DRAWS[args.zoom > 1], generator=rng).to(train.where)
             show, start = data.progress(f"epoch {epoch + 1}", len(train)), time.monotonic()
             batches = train.batches(args.batch_size, order, first_step)
             for step, (frames, image, depth) in enumerate(batches, first_step):
                 image = image / 255                                        # (B, 3, 192, 256)
                 if args.augment:
-                    image, depth = data.augment(image, depth, chances[frames])
+                    image, depth = data.augment(image, depth, draws[frames], args.zoom)
                 with autocast, meter.record(model, layers) as features:
                     prediction = model(data.normalise(image))              # (B, 1, 48, 64) metres
                 done = epoch + step / steps                                # epochs
@@ -291,7 +290,6 @@ def main(argv=None):
             first_step = 0
             if stop and epoch + 1 < args.epochs:
                 sys.exit(f"stopped after epoch {epoch + 1}: --resume continues there.")
-
     model, test = meter.load_checkpoint(best)[0].to(device), splits["test"]
     metrics = {"split": "test", "images": len(test), **evaluate(model, test, *settings)}
     data.write_json(args.out / "metrics.json", metrics)

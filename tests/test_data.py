@@ -175,7 +175,7 @@ def test_depth_in_rooms_is_that_of_the_pixel_which_pillow_takes_for_four():
 
 def crafted_draws(frames, **values):
     """Draws that change nothing, except those given as d<column>=value."""
-    draws = torch.full((frames, data.AUGMENT_DRAWS), 1 - 2 ** -24)
+    draws = torch.full((frames, data.DRAWS[1]), 1 - 2 ** -24)
     for key, value in values.items():
         draws[:, int(key[1:])] = value
     return draws
@@ -191,7 +191,7 @@ def frames():
 
 def test_augment_changes_nothing_when_every_draw_is_one_half_or_more(frames):
     assert_equal(data.augment(*frames, crafted_draws(3)), frames)
-    assert_equal(data.augment(*frames, torch.full((3, data.AUGMENT_DRAWS), 0.5)), frames)
+    assert_equal(data.augment(*frames, torch.full((3, data.DRAWS[1]), 0.5)), frames)
 
 
 def test_augment_mirrors_image_and_depth_together_and_frame_by_frame(frames):
@@ -233,6 +233,34 @@ def test_augment_shifts_measured_depth_by_at_most_10_cm(frames, draw, metres):
     expected = torch.where(depth == 0, 0, (depth + metres).clamp(min=1e-3))
     torch.testing.assert_close(moved, expected)
     assert torch.equal(same_image, image) and torch.equal(moved == 0, depth == 0)
+
+
+def test_augment_zooms_into_a_corner_and_divides_depth_by_the_enlargement(frames):
+    corners = [(0, 0), (1, 0), (1, 1)]                 # x, y; half of width and height is kept
+    draws = crafted_draws(3, d11=0.49, d12=1)
+    draws[:, 13:] = torch.tensor(corners)
+    zoomed = data.augment(*frames, draws, 2.0)
+    for n, (x, y) in enumerate(corners):
+        own = [part[n].numpy() for part in frames]
+        image, depth = ([plane[y * h // 2:(y + 1) * h // 2, x * w // 2:(x + 1) * w // 2]
+                         for plane in part] for part, (h, w) in zip(own, [(192, 256), (48, 64)]))
+        expected = depth[0].repeat(2, 0).repeat(2, 1) / 2
+        np.testing.assert_allclose(zoomed[1][n, 0], expected, rtol=1e-6)
+        for c in range(3):                             # without the edge, where Pillow sees no more
+            large = Image.fromarray(image[c]).resize((256, 192), Image.Resampling.BILINEAR)
+            np.testing.assert_allclose(
+                zoomed[0][n, c, 1:-1, 1:-1], np.asarray(large)[1:-1, 1:-1], atol=1e-5)
+
+
+def test_augment_zooms_half_of_the_frames_by_up_to_the_largest_enlargement(frames):
+    draws = torch.stack([crafted_draws(1, d11=0.5, d12=1)[0], crafted_draws(1, d11=0, d12=0.6)[0],
+                         crafted_draws(1, d11=0, d12=1)[0]])
+    image, depth = frames
+    depth = torch.full_like(depth, 3.0)
+    _, zoomed = data.augment(image, depth, draws, 1.5)
+    assert zoomed.amax((1, 2, 3)).tolist() == pytest.approx([3, 3 / 1.3, 2])
+    assert zoomed.amin((1, 2, 3)).tolist() == pytest.approx([3, 3 / 1.3, 2])
+    assert_equal(data.augment(image, depth, draws), (image, depth))    # without a zoom
 
 
 def test_normalise_is_torchvisions_formula():

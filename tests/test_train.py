@@ -380,15 +380,18 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(flags, unbrok
 
 
 def test_augmentation_draws_anew_for_each_frame_and_epoch(flags, tmp_path, monkeypatch):
-    seen, genuine = [], data.augment
+    seen, zooms, genuine = [], set(), data.augment
 
-    def note(image, depth, draws):
+    def note(image, depth, draws, zoom):
         seen.extend(draws[:, 0].tolist())
-        return genuine(image, depth, draws)
+        zooms.add((draws.shape[1], zoom))
+        return genuine(image, depth, draws, zoom)
 
     monkeypatch.setattr(data, "augment", note)
-    run(*flags, "--augment", "--out", tmp_path)
-    assert len(seen) == len(set(seen)) == 22
+    run(*flags, "--augment", "--out", tmp_path / "plain")
+    assert len(seen) == len(set(seen)) == 22 and zooms == {(11, 1)}
+    run(*flags, "--augment", "--zoom", 1.5, "--epochs", 1, "--out", tmp_path / "zoomed")
+    assert (15, 1.5) in zooms and len(zooms) == 2
 
 
 def test_selective_training_starts_from_a_checkpoint_and_logs_its_layers(flags, unbroken, tmp_path):
