@@ -2,6 +2,7 @@
 
 KILLS=200 kills the training process more often than 30 times; TEST_SLOW=1 adds torch.compile.
 """
+import copy
 import csv
 import errno
 import json
@@ -266,8 +267,10 @@ def test_notebook_training_equals_a_literal_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SIZE", (192, 256))
     monkeypatch.setattr(data, "DEPTH_SIZE", (48, 64))
     data.pack(GreyRooms(12, "cpu"), packed := tmp_path / "rooms.h5")
-    names, steps = ["dec_3", "enc_4", "enc_7"], []
+    names, steps, weights = ["dec_3", "enc_4", "enc_7"], [], []
     on_call(monkeypatch, train, "objective", 1, lambda terms: steps.append(terms) or terms)
+    monkeypatch.setattr(train.meter, "record", lambda network, layers: weights.append(
+        copy.deepcopy(network.state_dict())) or record(network, layers))
     run("--data", packed, "--notebook", "--neuron-selective", "--layers", *names, "--alpha", -0.5,
         "--epochs", 1, "--batch-size", 4, "--seed", 3, "--out", tmp_path / "run")
 
@@ -277,7 +280,10 @@ def test_notebook_training_equals_a_literal_loop(tmp_path, monkeypatch):
     model = METER("xxs", GREY_LEVELS).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(3 * 100_003))
-    for batch, terms in zip(order.split(4), steps):
+    for batch, terms, start in zip(order.split(4), steps, weights):
+        off = torch.cat([(x - start[name]).abs().flatten() for name, x in model.named_parameters()])
+        assert off.mean() < 1e-3 * 1e-4  # of the rate: Adam makes a whole step of a rounding error
+        model.load_state_dict(start)
         with record(model, names) as features:
             prediction = model(image[batch]) * 25.5  # the notebook's network: levels
         scores = {name: slow_notebook_selectivity(features[name], levels[batch]) for name in names}
