@@ -211,7 +211,7 @@ def bin_sums(features, weights):
     features = features.float()
     if features.shape[-2:] != weights.shape[-2:]:                          # finer than the depth
         features = F.interpolate(features, weights.shape[-2:], mode="bilinear")
-    return (features.flatten(2) @ weights.flatten(2).mT).sum(0)
+    return (weights.flatten(2) @ features.flatten(2).mT).sum(0).T   # keeps gradients channels last
 
 @functools.cache
 def layer_thresholds(units, notebook=False, device="cpu"):

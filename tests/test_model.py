@@ -232,6 +232,16 @@ def random_depth(notebook, batch=2):
     return choice[torch.randint(len(choice), (batch, 1, 48, 64))]
 
 
+@pytest.mark.parametrize("height", [24, 48, 96])
+def test_the_gradient_of_channels_last_activations_is_channels_last(height):
+    shape, depth = (2, 8, height, height * 4 // 3), random_depth(notebook=False)
+    leaf = torch.rand(shape).to(memory_format=torch.channels_last).requires_grad_()
+    seen, x = [], leaf * 1                             # of a leaf, autograd would mend the layout
+    x.register_hook(seen.append)
+    assigned_selectivity(x, depth, layer_thresholds(8)).backward()
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) and seen[0].any()
+
+
 @pytest.mark.parametrize("height", [6, 24, 48, 96])
 def test_bin_sums_match_a_loop_over_up_sampled_maps(height):
     torch.manual_seed(height)
