@@ -149,10 +149,9 @@ def labeled_mat(path, raw_depth):
     file, key = h5py.File(path), "rawDepths" if raw_depth else "depths"
     if not {"images", key} <= set(file) or len(file["images"]) != len(file[key]):
         sys.exit(f"error: {path} lacks images or {key}: it is no nyu_depth_v2_labeled.mat.")
-    images, depths = file["images"], file[key]
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(TEST_BITS), np.uint8))[:len(depths)]
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(TEST_BITS), np.uint8))[:len(file[key])]
     def read(pool, i):
-        image, depth = (np.ascontiguousarray(x[i].T) for x in (images, depths))
+        image, depth = (np.ascontiguousarray(file[name][i].T) for name in ("images", key))
         return Image.fromarray(image), Image.fromarray(depth.astype(np.float32)), 1
     return Source(path, {"train": np.flatnonzero(bits == 0), "test": np.flatnonzero(bits)}, read)
 
@@ -182,11 +181,11 @@ class Rooms(Source):
         return image.permute(0, 2, 3, 1), depth
 
 def open_source(path, raw_depth=False, rooms=400, device="cpu"):
-    """The source behind --data (Path or None); ends the program if there is none."""
+    """The source behind --data (a path or None); ends the program if there is none."""
     if not path and not KAGGLE_MOUNT.is_dir():
         print(f"data: {rooms:,} synthetic rooms, drawn now. {HOW_TO_GET_NYU}")
         return Rooms(rooms, device)
-    path = (path or KAGGLE_MOUNT).resolve()
+    path = Path(path or KAGGLE_MOUNT).resolve()
     try:
         if path.is_dir():
             return kaggle_folder(path)

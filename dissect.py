@@ -225,7 +225,7 @@ def print_table(results):
     for label, result in results.items():
         print(f"{label} | {data.line({k: x for k, x in result.items() if isinstance(x, float)})}")
 
-def parse_args(argv=None):
+def parse_args(argv=None, known=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", default=[],
@@ -243,7 +243,7 @@ def parse_args(argv=None):
     p.add_argument("--images", nargs="+", type=Path, default=[], metavar="PATH",
                    help="photos or folders: cut to 4:3, resized; scale as of a Kinect (63 degrees)")
     p.add_argument("--out", type=Path, default=Path("runs/dissect"), help="folder for the results")
-    return p.parse_args(argv)
+    return p.parse_args(argv, known)
 
 def main(argv=None):
     args = parse_args(argv)
@@ -258,9 +258,10 @@ def main(argv=None):
         label = path.resolve().parent.name if path.stem in ("best", "last") else path.stem
         label = str(path).replace("/", "_") if label in loaded else label
         loaded[label] = path, *meter.load_checkpoint(path)
-    trained_on = [x.get("config", {}).get("data") for *_, x in loaded.values()]    # or None: rooms
-    path = args.data or next((Path(x) for x in trained_on if x), None)
-    source = data.open_source(path, args.raw_depth, args.rooms, device)
+    runs = [x.get("config", {}) for *_, x in loaded.values()][::-1]        # the first one decides,
+    known = {key: x[key] for x in runs for key in ("data", "raw_depth", "rooms") if x.get(key)}
+    args = parse_args(argv, argparse.Namespace(**known))                   # where flags do not
+    source = data.open_source(args.data, args.raw_depth, args.rooms, device)
     frames = data.Frames(source, args.split, device, args.feed, limit=args.limit)
     data.stop_on_faults(source)
     results, rows, ablation, correction = {}, [], [], []

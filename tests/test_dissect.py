@@ -241,6 +241,32 @@ def test_the_newest_run_is_taken_and_without_one_a_sentence_helps(folder, tmp_pa
     assert "nowhere.pt" in end("nowhere.pt")
 
 
+FRAMES = [  # checkpoints and flags; then the --data, --raw-depth and --rooms that follow
+    (["released"], (None, False, 400)), (["drawn"], (None, False, 30)),
+    (["released", "drawn"], (None, False, 30)), (["drawn", "--rooms=10"], (None, False, 10)),
+    (["filled"], ("mat", False, 400)), (["holes"], ("mat", True, 400)),
+    (["drawn", "holes"], ("mat", True, 30)), (["holes", "--data=nowhere"], ("nowhere", True, 400))]
+
+
+@pytest.mark.parametrize("words, expected", FRAMES)
+def test_frames_are_those_of_the_first_run_unless_flags_say_otherwise(
+        words, expected, network, mat, tmp_path, monkeypatch):
+    configs = {"released": {}, "drawn": {"data": None, "raw_depth": False, "rooms": 30},
+               "filled": {"data": str(mat), "raw_depth": False, "rooms": 400},
+               "holes": {"data": str(mat), "raw_depth": True, "rooms": 400}}
+    for name, config in configs.items():
+        torch.save({"model": network.state_dict(), "config": config}, tmp_path / f"{name}.pt")
+
+    def open_source(path, *rest):
+        raise LookupError(path and str(path).replace(str(mat), "mat"), *rest[:2])
+
+    monkeypatch.setattr(data, "open_source", open_source)
+    with pytest.raises(LookupError) as asked:
+        dissect.main([str(tmp_path / f"{x}.pt") if x in configs else x for x in words]
+                     + ["--out", str(tmp_path / "out")])
+    assert asked.value.args == expected
+
+
 def test_the_split_and_the_bins_are_those_asked_for(network, folder):
     result, _, _ = run(folder, ["cm"], "--split", "val", "--notebook", "--layers", "dec_3")
     frames = data.Frames(data.Packed(folder / "rooms.h5"), "val", CPU)
