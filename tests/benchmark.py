@@ -1,8 +1,8 @@
 """How fast is what, side by side in one run: python tests/benchmark.py [--quick]
 
-Every line is a median after warm-up, in images per second, with the ratio of its time to the time
-it is compared with. The lines of a block take turns, so that a busy moment of the machine slows all
-of them; a GPU is synchronised. Nothing is asserted here: machines differ.
+Every line is a median after warm-up, in images per second, with its time against that of the line
+it is compared with. The lines of a block take turns and a ratio is the median over the rounds: a
+busy moment of the machine slows both. A GPU is synchronised. Nothing is asserted here.
 """
 import argparse
 import functools
@@ -29,7 +29,7 @@ LAYERS = ["dec_3", "enc_4"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def race(title, images, repeats, lines):
+def race(title, images, lines, repeats=9):
     """Prints a block of the table; lines: (name, function, number of the line to compare with)."""
     print(f"\n{title}")
     gpu, times, memory = DEVICE.type == "cuda", [[] for _ in lines], [0] * len(lines)
@@ -43,10 +43,10 @@ def race(title, images, repeats, lines):
                 torch.cuda.synchronize()
                 memory[n] = torch.cuda.max_memory_allocated() / 2**20
             times[n].append(time.perf_counter() - start)
-    medians = [float(np.median(line[2:])) for line in times]
-    for (name, _, base), own, peak in zip(lines, medians, memory):
-        ratio = "" if base is None else f"{own / medians[base]:.3f}"
-        print(f"{name:58}{images / own:12.1f}{own * 1e3:12.2f}{ratio:>10}"
+    times = np.array(times)[:, 2:]                     # (lines, repeats) seconds
+    for (name, _, base), own, peak in zip(lines, times, memory):
+        ratio = "" if base is None else f"{np.median(own / times[base]):.3f}"
+        print(f"{name:58}{images / np.median(own):12.1f}{np.median(own) * 1e3:12.2f}{ratio:>10}"
               + f"{peak:10.0f}" * gpu, flush=True)
 
 
@@ -139,9 +139,9 @@ def bare_pillow(pairs):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--quick", action="store_true", help="batch 16 only, few repeats")
+    p.add_argument("--quick", action="store_true", help="batch 16 only, not compiled")
     args = p.parse_args()
-    sizes, repeats = ([16], 5) if args.quick else ([16, 64, 256], 9)
+    sizes = [16] if args.quick else [16, 64, 256]
     gpu = DEVICE.type == "cuda"
     name = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
     print(f"METER-XXS on {DEVICE} ({name}), torch {torch.__version__}\n")
@@ -153,8 +153,8 @@ def main():
     frames = data.Frames(packed, "train", DEVICE, "device", limit=max(sizes))
     for size in sizes:
         _, image, depth = next(frames.batches(size))
-        race(f"training step, batch {size}", size, repeats, step_lines(image, depth, args.quick))
-        race("the regulariser's term alone, forward and backward", size, repeats, [
+        race(f"training step, batch {size}", size, step_lines(image, depth, args.quick))
+        race("the regulariser's term alone, forward and backward", size, [
             ("ours", selectivity_term(image, depth, meter.assigned_selectivity), None),
             ("a loop over images and bins", selectivity_term(image, depth, loop_selectivity), 0)])
 
@@ -176,12 +176,12 @@ def main():
                 edges = meter.layer_thresholds(activation.shape[1], False, DEVICE)
                 loop_responses(activation, depth, edges)
 
-    race(f"dissection, {size} images, batch 16, all 16 layers", size, repeats, [
+    race(f"dissection, {size} images, batch 16, all 16 layers", size, [
         ("bare forward pass", forward, None),
         ("  forward and dissection",
          lambda: dissect.measure(model, subset, list(meter.LAYERS)), 0),
         ("  forward and loops over images and bins", loop, 0)])
-    race("feeding alone, batch 64", size, repeats, [
+    race("feeding alone, batch 64", size, [
         (f"packed, from {feed}",
          functools.partial(lambda fed: list(fed.batches(64)),
                            data.Frames(packed, "train", DEVICE, feed, limit=size)), None)
@@ -203,7 +203,7 @@ def main():
     cores = os.cpu_count()
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
         shares = [pairs[n::cores] for n in range(cores)]
-        race("decoding 640x480 JPEG and PNG", size, repeats, [
+        race("decoding 640x480 JPEG and PNG", size, [
             ("bare Pillow, one core", lambda: bare_pillow(pairs), None),
             (f"bare Pillow, {cores} processes", lambda: list(pool.map(bare_pillow, shares)), 0),
             (f"data.py, {cores} threads (ratio to the processes)",
