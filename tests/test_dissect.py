@@ -36,7 +36,7 @@ def network(frames):
     image, _ = frames.fetch(torch.arange(6))
     with torch.no_grad():
         for n in (1, 2, 3):  # else its deep layers hardly count
-            model.decoder[f"ups_block_{n}"].conv2d_transpose.weight *= 10
+            model.decoder[f"ups_block_{n}"].conv2d_transpose.weight *= 20
         for _ in range(8):
             model(data.normalise(image / 255))
         weight = model.decoder["conv2d_out"].weight
