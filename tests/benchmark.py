@@ -83,10 +83,10 @@ class Step:
         if compiled:
             self.model.compile(dynamic=False)
             self.objective = torch.compile(train.objective, dynamic=False)
-        self.autocast = torch.autocast(DEVICE.type, getattr(torch, {
-            "fp16": "float16"}.get(amp, "bfloat16")), enabled=amp != "off")
+        self.amp, self.autocast, self.scaler = train.mixed_precision(amp, DEVICE)
 
     def __call__(self):
+        train.mixed_precision(self.amp, DEVICE)        # sets the backends: another line may follow
         with self.autocast, meter.record(self.model, self.layers) as features:
             prediction = self.model(data.normalise(self.image / 255))
         if self.loop:
@@ -98,8 +98,9 @@ class Step:
         else:
             loss = self.objective(prediction, self.depth, features, -0.1)["loss"]
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
 
 def selectivity_term(image, depth, term):
@@ -125,8 +126,10 @@ def step_lines(image, depth, quick):
             lines += [(f"{kind} (ratio to the notebook)", Step(image, depth, **choices), 0),
                       ("  with the regulariser (ratio to without)",
                        Step(image, depth, LAYERS, **choices), plain)]
-    loop = "  as fp32 with a loop over images and bins (ratio to fp32)"
-    return [*lines, (loop, Step(image, depth, LAYERS, loop=True), 1)]
+    loop = "a loop over images and bins (ratio to"
+    return [*lines, (f"ours, fp32, with {loop} without)", Step(image, depth, LAYERS, loop=True), 1),
+            (f"NCHW with {loop} ours regularised)",
+             Step(image, depth, LAYERS, nchw=True, loop=True), 2)]
 
 
 def bare_pillow(pairs):
