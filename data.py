@@ -256,8 +256,7 @@ class Frames:
             self.feed = "device" if need < free / 2 else "host" if need < 0.7 * host else "file"
         self.where = self.device if self.feed == "device" else torch.device("cpu")
         if self.feed == "file" and not isinstance(source, Packed):
-            sys.exit(f"error: {len(self):,} {split} frames to be fed from file must be packed "
-                     "first: python data.py SOURCE nyu.h5, then --data nyu.h5.")
+            sys.exit("error: frames fed from file must be packed first: python data.py SOURCE nyu.h5")
         size = len(self) if self.feed != "file" else 0
         self.image = torch.empty(size, *SIZE, 3, dtype=torch.uint8, device=self.where)
         self.depth = torch.empty(size, 1, *DEPTH_SIZE, device=self.where)
@@ -352,8 +351,7 @@ def line(row):
 def write_json(path, content):
     write(path, lambda file: file.write_text(json.dumps(content, indent=1)))
 
-def write_csv(path, rows):
-    """Rows are dicts with the keys of the first."""
+def write_csv(path, rows):  # dicts with the keys of the first
     text = io.StringIO()
     csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])     # rows[0]: its keys
     write(path, lambda file: file.write_text(text.getvalue(), newline=""))

@@ -102,8 +102,7 @@ def ablate(model, frames, layer, r, replacement, batch_size=16):
 def draw_layer(title, r, path):
     """Two figures of a layer: a bar chart over depth for each unit, and all units in one map."""
     edges, response = r["edges"].numpy(), r["signed"].abs().numpy()        # (C, K)
-    columns = 8 if len(response) <= 64 else 16                             # METER's divide by it
-    lines = len(response) // columns
+    lines = len(response) // (columns := 8 if len(response) <= 64 else 16)  # METER's divide by it
     figure = Figure(figsize=(1.7 * columns, 1.15 * lines + 1.1), layout="constrained")
     axes = figure.subplots(lines, columns, sharex=True, squeeze=False).flat
     for unit, (axis, values) in enumerate(zip(axes, response)):

@@ -191,11 +191,6 @@ def sid_thresholds(bins, near=0.75, far=10.0):
     thresholds[-1] = far                                                 # exact: 10 m is no outlier
     return F.pad(thresholds, (1, 0)).float()
 
-@functools.cache
-def interpolation(cells, pixels, device):
-    """Linear interpolation, align_corners=False, as a matrix: (cells, pixels)."""
-    return F.interpolate(torch.eye(cells, device=device)[None], pixels, mode="linear")[0]
-
 def bin_weights(depth, thresholds, size):
     """Weight of every cell of an activation map, h x w = size, in every depth bin: (B, K, h, w).
     depth (B, 1, H, W), thresholds (K+1,) in one unit; depth 0 or beyond the last is in no bin.
@@ -205,7 +200,9 @@ def bin_weights(depth, thresholds, size):
     weights = depth.new_zeros(shape).scatter_(1, torch.bucketize(depth, thresholds), 1)
     size = tuple(map(min, size, depth.shape[-2:]))
     if size != depth.shape[-2:]:
-        rows, columns = map(interpolation, size, depth.shape[-2:], 2 * [depth.device])
+        rows, columns = (
+            F.interpolate(torch.eye(cells, device=depth.device)[None], pixels, mode="linear")[0]
+            for cells, pixels in zip(size, depth.shape[-2:]))              # (h, H), (w, W)
         weights = rows @ weights @ columns.mT
     return weights[:, 1:-1]
 

@@ -78,18 +78,16 @@ def mixed_precision(amp, device):
     gpu = device.type == "cuda"
     if amp == "fp16" and not gpu:
         sys.exit("error: --amp fp16 needs a GPU; a CPU has --amp off and --amp bf16.")
-    if amp == "auto":
-        half = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = ("bf16" if half else "fp16") if gpu else "off"
+    half = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    amp = amp if amp != "auto" else "bf16" if half else "fp16" if gpu else "off"
     torch.set_float32_matmul_precision("high")         # TF32 on a GPU, for what stays fp32
     torch.backends.cudnn.allow_tf32 = False            # the loss squares centimetres
     torch.backends.cudnn.deterministic = True          # same seed, same machine, same result
-    # On a CPU PyTorch's fused attention takes 2 to 4 times as long in bf16 as the plain one.
-    torch.backends.cuda.enable_flash_sdp(gpu or amp == "off")
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    kind = torch.float16 if amp == "fp16" else torch.bfloat16
-    return (amp, torch.autocast(device.type, kind, enabled=amp != "off"),
-            torch.amp.GradScaler(device.type, enabled=amp == "fp16"))
+    torch.backends.cuda.enable_flash_sdp(gpu or amp == "off")      # a CPU's fused attention takes
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)   # 2 to 4 times as long in bf16
+    autocast = torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16,
+                              enabled=amp != "off")
+    return amp, autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
 def learning_rate(epoch, epochs, peak, schedule):
     """epoch counts in fractions. cosine: 5 % warm-up, then down to 0. step: METER's. constant."""
@@ -124,7 +122,6 @@ def draw_curves(rows, path):
 
 def draw_predictions(model, splits, path):
     """Two training and two validation frames: image, true depth, predicted depth, error."""
-    model.eval()
     pairs = [frames.fetch(torch.tensor([0, len(frames) - 1])) for frames in splits]
     image, depth = map(torch.cat, zip(*pairs))                 # (4, 3, 192, 256), (4, 1, 48, 64)
     with torch.no_grad():
@@ -196,12 +193,10 @@ def main(argv=None):
         model, _ = meter.load_checkpoint(args.init)
         if model.variant != args.variant:
             sys.exit(f"error: --init {args.init} is METER {model.variant}, not {args.variant}.")
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpu = device.type == "cuda"
+    device = torch.device("cuda" if (gpu := torch.cuda.is_available()) else "cpu")
     amp, autocast, scaler = mixed_precision(args.amp, device)
     model.to(device, memory_format=torch.channels_last)
-    average = copy.deepcopy(model)                     # over some 100 steps: what is judged, saved
+    average = copy.deepcopy(model).eval()              # over some 100 steps: what is judged, saved
     means, current = ([x for x in network.state_dict().values() if x.is_floating_point()]
                       for network in (average, model))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
@@ -240,11 +235,10 @@ def main(argv=None):
         torch.save(content, buffer := io.BytesIO())    # of a full disk it says nothing useful
         data.write(path, lambda file: file.write_bytes(buffer.getbuffer()))
     stop = []                                          # Ctrl-C or SIGTERM; a second ends at once
-    def note(number, _):
-        stop.append(signal.signal(number, signal.SIG_DFL))
     with contextlib.ExitStack() as handlers:           # puts the former ones back
         for number in (signal.SIGINT, signal.SIGTERM):
-            handlers.callback(signal.signal, number, signal.signal(number, note))
+            handlers.callback(signal.signal, number, signal.signal(
+                number, lambda n, _: stop.append(signal.signal(n, signal.SIG_DFL))))
         for epoch in range(first_epoch, args.epochs):
             model.train()
             rng = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
