@@ -203,7 +203,7 @@ def bin_weights(depth, thresholds, size):
         rows, columns = (
             F.interpolate(torch.eye(cells, device=depth.device)[None], pixels, mode="linear")[0]
             for cells, pixels in zip(size, depth.shape[-2:]))              # (h, H), (w, W)
-        weights = rows @ weights @ columns.mT
+        weights = rows @ (weights @ columns.mT)
     return weights[:, 1:-1]
 
 def bin_sums(features, weights):

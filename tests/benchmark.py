@@ -1,4 +1,4 @@
-"""How fast is what, side by side in one run: python tests/benchmark.py [--quick]
+"""How fast is what, side by side in one run: python tests/benchmark.py [--quick] [--batch-size N]
 
 Every line is a median after warm-up, in images per second, with its time against that of the line
 it is compared with. The lines of a block take turns and a ratio is the median over the rounds: a
@@ -143,17 +143,18 @@ def bare_pillow(pairs):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--quick", action="store_true", help="batch 16 only, not compiled")
+    p.add_argument("--batch-size", type=int, nargs="+", help="of the training steps")
     args = p.parse_args()
-    sizes = [16] if args.quick else [16, 64, 256]
+    sizes = args.batch_size or ([16] if args.quick else [16, 64, 256])
     gpu = DEVICE.type == "cuda"
     name = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
     print(f"METER-XXS on {DEVICE} ({name}), torch {torch.__version__}\n")
     print(f"{'':58}{'images/s':>12}{'ms':>12}{'ratio':>10}" + "       MiB" * gpu)
 
     folder = Path(tempfile.mkdtemp())
-    data.pack(data.Rooms(2 * max(sizes), "cpu"), folder / "rooms.h5")
+    data.pack(data.Rooms(2 * max(64, *sizes), "cpu"), folder / "rooms.h5")
     packed = data.Packed(folder / "rooms.h5")
-    frames = data.Frames(packed, "train", DEVICE, "device", limit=max(sizes))
+    frames = data.Frames(packed, "train", DEVICE, "device", limit=max(64, *sizes))
     for size in sizes:
         _, image, depth = next(frames.batches(size))
         race(f"training step, batch {size}", size, step_lines(image, depth, args.quick))
@@ -161,7 +162,7 @@ def main():
             ("ours", selectivity_term(image, depth, meter.assigned_selectivity), None),
             ("a loop over images and bins", selectivity_term(image, depth, loop_selectivity), 0)])
 
-    size = min(64, len(frames))
+    size = 64
     subset = data.Frames(packed, "train", DEVICE, "device", limit=size)
     model = meter.METER().to(DEVICE, memory_format=torch.channels_last).eval()
 
