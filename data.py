@@ -232,8 +232,7 @@ def read_blocks(source, pool, indices, label, block=256):
         yield slice(start, start + len(numbers)), image, depth
         show(start + len(numbers))
 
-def stop_on_faults(source):
-    """Names all that is broken, to be mended in one go: call it when all Frames are loaded."""
+def stop_on_faults(source):  # names all that is broken: call it when all Frames are loaded
     if source.faults:
         sys.exit(f"error: {len(source.faults)} broken frames, to be mended or taken out. The first "
                  "twenty:\n  " + "\n  ".join(sorted(source.faults)[:20]))
@@ -372,8 +371,7 @@ def write_pictures(path, lines, heading=None):
             figure.colorbar(shown, ax=axis, label=unit)
     write_figure(path, figure)
 
-def check_folder(path):
-    """Before any work: can `path` be made and written to?"""
+def check_folder(path):  # before any work: can it be made and written to?
     there = next(x for x in (path.resolve(), *path.resolve().parents) if os.path.lexists(x))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         sys.exit(f"error: --out {path.resolve()}: {there} is not a folder that can be written to.")

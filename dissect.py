@@ -46,8 +46,9 @@ def measure(model, frames, layers, notebook=False, batch_size=16, change=None):
                 key = len(edges), *x.shape[-2:]                            # these share weights
                 if key not in shared:
                     shared[key] = meter.bin_weights(binned, edges, x.shape[-2:])
-                new = (shared[key].sum((0, 2, 3)), meter.bin_sums(x, shared[key]),
-                       meter.bin_sums(x.abs(), shared[key]))
+                maps = (x, x.abs()) if name in meter.SIGNED else (x,)      # after a ReLU |x| is x
+                totals = [meter.bin_sums(y, shared[key]) for y in maps]
+                new = shared[key].sum((0, 2, 3)), totals[0], totals[-1]
                 sums[name] = [old + y.double() for old, y in zip(sums.get(name, (0, 0, 0)), new)]
     for name in layers:
         count, *totals = (x.cpu() for x in sums[name])

@@ -31,6 +31,7 @@ LAYERS = {  # name -> module path, in the order of the forward pass
     "enc_9": "encoder.mv2.6", "enc_10": "encoder.mvit.2", "enc_output": "encoder.conv2",
     "dec_0": "decoder.conv2d_in", "dec_1": "decoder.ups_block_1",
     "dec_2": "decoder.ups_block_2", "dec_3": "decoder.ups_block_3"}
+SIGNED = "enc_1", "enc_2", "enc_3", "enc_4", "enc_5", "enc_7", "enc_9", "dec_0"   # no final ReLU
 
 def conv(inputs, outputs, size=1, stride=1, groups=1):
     return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)

@@ -392,3 +392,10 @@ def test_load_checkpoint_ends_with_a_sentence_and_runs_no_code(tmp_path, fault):
     message = stopped.value.code
     assert message.startswith("error: ") and str(path) in message and "\n" not in message
     assert len(message) < 600 and not (tmp_path / "ran").exists()
+
+
+def test_layers_without_a_final_relu_are_those_that_answer_with_both_signs():
+    network = METER().eval()
+    with torch.no_grad(), record(network, LAYERS) as features:
+        network(torch.randn(1, 3, 64, 64))
+    assert [name for name, x in features.items() if (x < 0).any()] == list(model.SIGNED)
