@@ -140,11 +140,12 @@ def draw_overview(results, path):
     data.write_figure(path, figure)
 
 def draw_ablation(rows, path):
-    """RMSE against the number of units off: a panel for each checkpoint and layer."""
+    """RMSE against the number of units off: a line of panels for each layer, one a checkpoint."""
     panels = [(title, list(group)) for title, group in itertools.groupby(
         rows, lambda row: f"{row['checkpoint']}, {row['layer']}")]
-    figure = Figure(figsize=(4.2 * len(panels), 3.5), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    lines = len(panels) // (columns := len({row["checkpoint"] for row in rows}))
+    figure = Figure(figsize=(4.2 * columns, 3.5 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).T.flat
     for axis, (title, panel) in zip(axes, panels):
         for order, colour in ORDERS.items():
             own = [row for row in panel if row["order"].startswith(order)]
@@ -152,10 +153,9 @@ def draw_ablation(rows, path):
             errors = np.reshape([row["rmse_m"] for row in own], (-1, len(counts)))
             axis.plot(counts, errors.mean(0), ".-", color=colour, label=order)
             axis.fill_between(counts, errors.min(0), errors.max(0), color=colour, alpha=0.2)
-        axis.set(title=title, xlabel=f"units off (set to {rows[0]['replaced_by']})")
+        axis.set(title=title, ylabel="RMSE, m", xlabel=f"units off (to {rows[0]['replaced_by']})")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("RMSE, metres")
-    axes[0].legend(fontsize=8)
+    figure.axes[0].legend(fontsize=8)
     data.write_figure(path, figure)
 
 @torch.no_grad()
