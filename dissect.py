@@ -155,7 +155,7 @@ def draw_ablation(rows, path):
             axis.fill_between(counts, errors.min(0), errors.max(0), color=colour, alpha=0.2)
         axis.set(title=title, ylabel="RMSE, m", xlabel=f"units off (to {rows[0]['replaced_by']})")
         axis.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
+    figure.axes[0].legend(fontsize=8, title_fontsize=8, title="band: five random orders")
     data.write_figure(path, figure)
 
 @torch.no_grad()
