@@ -157,10 +157,12 @@ def main():
     frames = data.Frames(packed, "train", DEVICE, "device", limit=max(64, *sizes))
     for size in sizes:
         _, image, depth = next(frames.batches(size))
-        race(f"training step, batch {size}", size, step_lines(image, depth, args.quick))
+        rounds = 9 if gpu or size <= 64 else 3         # on two cores a round of 256 takes minutes
+        race(f"training step, batch {size}", size, step_lines(image, depth, args.quick), rounds)
         race("the regulariser's term alone, forward and backward", size, [
             ("ours", selectivity_term(image, depth, meter.assigned_selectivity), None),
-            ("a loop over images and bins", selectivity_term(image, depth, loop_selectivity), 0)])
+            ("a loop over images and bins", selectivity_term(image, depth, loop_selectivity), 0)],
+            rounds)
 
     size = 64
     subset = data.Frames(packed, "train", DEVICE, "device", limit=size)
