@@ -77,9 +77,7 @@ def give_mean(unit, response, edges):
     cells with missing depth stay as they are."""
     def change(x, depth):
         mean = F.adaptive_avg_pool2d(at_depth(response, edges, depth), x.shape[-2:])   # (B, h, w)
-        x = x.clone()
-        x[:, unit] = mean.where(mean.isfinite(), x[:, unit])
-        return x
+        return x.select_scatter(mean.where(mean.isfinite(), x[:, unit]), 1, unit)
     return change
 
 def ablate(model, frames, layer, r, replacement, batch_size=16):

@@ -18,6 +18,7 @@ import math
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -201,7 +202,8 @@ def main(argv=None):
                       for network in (average, model))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     step_objective = torch.compile(objective, dynamic=False) if args.compile else objective
-    if args.compile:
+    if args.compile:                                   # what we cache are constants
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         model.compile(dynamic=False)
     data.check_folder(args.out)
     source = data.open_source(args.data, args.raw_depth, args.rooms, device)
