@@ -3,6 +3,9 @@
 Every line is a median after warm-up, in images per second, with its time against that of the line
 it is compared with. The lines of a block take turns and a ratio is the median over the rounds: a
 busy moment of the machine slows both. A GPU is synchronised. Nothing is asserted here.
+
+Of a training step also how near it is to what memory allows: all that backward needs is written
+and read once, and so are the gradients of it, at the speed at which a large tensor is copied.
 """
 import argparse
 import functools
@@ -11,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -44,10 +48,25 @@ def race(title, images, lines, repeats=9):
                 memory[n] = torch.cuda.max_memory_allocated() / 2**20
             times[n].append(time.perf_counter() - start)
     times = np.array(times)[:, 2:]                     # (lines, repeats) seconds
-    for (name, _, base), own, peak in zip(lines, times, memory):
+    for (name, run, base), own, peak in zip(lines, times, memory):
         ratio = "" if base is None else f"{np.median(own / times[base]):.3f}"
+        limit = f"{run.limit / np.median(own):.0%}" if getattr(run, "limit", 0) else ""
         print(f"{name:58}{images / np.median(own):12.1f}{np.median(own) * 1e3:12.2f}{ratio:>10}"
-              + f"{peak:10.0f}" * gpu, flush=True)
+              f"{limit:>10}" + f"{peak:10.0f}" * gpu, flush=True)
+
+
+@functools.cache
+def copy_speed():
+    """Bytes a second that are read or written while a tensor of 256 MiB is copied."""
+    source, times = torch.zeros(2**28, dtype=torch.uint8, device=DEVICE), []
+    target = source.clone()
+    for _ in range(9):
+        start = time.perf_counter()
+        target.copy_(source)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * len(source) / np.median(times)
 
 
 def loop_responses(features, depth, thresholds):
@@ -80,10 +99,18 @@ class Step:
             self.model.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-3, fused=not nchw)
         self.objective = train.objective
+        self.amp, self.autocast, self.scaler = train.mixed_precision(amp, DEVICE)
+        sizes = {}                                     # of what autograd saves, each memory once
+        def note(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        if not loop:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                self()
+        self.limit = 4 * sum(sizes.values()) / copy_speed()    # seconds
         if compiled:
             self.model.compile(dynamic=False)
             self.objective = torch.compile(train.objective, dynamic=False)
-        self.amp, self.autocast, self.scaler = train.mixed_precision(amp, DEVICE)
 
     def __call__(self):
         train.mixed_precision(self.amp, DEVICE)        # sets the backends: another line may follow
@@ -148,14 +175,17 @@ def main():
     sizes = args.batch_size or ([16] if args.quick else [16, 64, 256])
     gpu = DEVICE.type == "cuda"
     name = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
-    print(f"METER-XXS on {DEVICE} ({name}), torch {torch.__version__}\n")
-    print(f"{'':58}{'images/s':>12}{'ms':>12}{'ratio':>10}" + "       MiB" * gpu)
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+    print(f"METER-XXS on {DEVICE} ({name}), torch {torch.__version__}, "
+          f"memory copied at {copy_speed() / 1e9:.0f} GB/s\n")
+    print(f"{'':58}{'images/s':>12}{'ms':>12}{'ratio':>10}{'limit':>10}" + "       MiB" * gpu)
 
     folder = Path(tempfile.mkdtemp())
     data.pack(data.Rooms(2 * max(64, *sizes), "cpu"), folder / "rooms.h5")
     packed = data.Packed(folder / "rooms.h5")
     frames = data.Frames(packed, "train", DEVICE, "device", limit=max(64, *sizes))
     for size in sizes:
+        torch._dynamo.reset()                          # or it stops compiling after eight variants
         _, image, depth = next(frames.batches(size))
         rounds = 9 if gpu or size <= 64 else 3         # on two cores a round of 256 takes minutes
         race(f"training step, batch {size}", size, step_lines(image, depth, args.quick), rounds)
