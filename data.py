@@ -401,8 +401,7 @@ def number(kind, low=-math.inf, high=math.inf):
 
 def add_source_arguments(p):
     """The flags that choose the frames, the same in train.py and dissect.py."""
-    p.add_argument("--data", type=Path, help="Kaggle's folder, the .mat or a packed .h5; default: "
-                   "where Kaggle mounts NYU if it is there, else synthetic rooms")
+    p.add_argument("--data", type=Path, help="folder, .mat or .h5; none: Kaggle's mount or rooms")
     p.add_argument("--raw-depth", action="store_true", help=".mat: depth with holes, not filled in")
     p.add_argument("--rooms", type=number(int, 10), default=400, help="synthetic training rooms")
     p.add_argument("--feed", choices=["auto", "device", "host", "file"], default="auto",

@@ -248,6 +248,7 @@ def main(argv=None):
     newest = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)[-1:]
     if not args.checkpoints and not newest:
         sys.exit("error: no runs/*/best.pt: run `python train.py` first, or name a checkpoint.")
+    torch.backends.cudnn.allow_tf32 = False            # a GPU's default is less than fp32
     data.check_folder(args.out)
     photos = [read_photo(file) for path in args.images                     # no .DS_Store
               for file in sorted(path.glob("[!.]*")) or [path]]

@@ -241,6 +241,12 @@ def test_the_newest_run_is_taken_and_without_one_a_sentence_helps(folder, tmp_pa
     assert "nowhere.pt" in end("nowhere.pt")
 
 
+def test_a_gpu_dissects_in_full_fp32(folder, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # PyTorch's default
+    run(folder, ["cm"], "--layers", "dec_3")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 FRAMES = [  # checkpoints and flags; then the --data, --raw-depth and --rooms that follow
     (["released"], (None, False, 400)), (["drawn"], (None, False, 30)),
     (["released", "drawn"], (None, False, 30)), (["drawn", "--rooms=10"], (None, False, 10)),
