@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
@@ -58,15 +59,10 @@ def race(title, images, lines, repeats=9):
 @functools.cache
 def copy_speed():
     """Bytes a second that are read or written while a tensor of 256 MiB is copied."""
-    source, times = torch.zeros(2**28, dtype=torch.uint8, device=DEVICE), []
-    target = source.clone()
-    for _ in range(9):
-        start = time.perf_counter()
-        target.copy_(source)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * len(source) / np.median(times)
+    source = torch.zeros(2**28, dtype=torch.uint8, device=DEVICE)
+    timer = Timer("target.copy_(source)", num_threads=torch.get_num_threads(),
+                  globals={"source": source, "target": source.clone()})
+    return 2 * len(source) / timer.blocked_autorange().median
 
 
 def loop_responses(features, depth, thresholds):
