@@ -1,423 +1,845 @@
 """Frames in, batches out: NYU Depth V2 or synthetic rooms, for train.py and dissect.py.
 
-    python data.py nyu_data nyu.h5                       # decode once; from then on --data nyu.h5
+    python data.py nyu_data nyu.h5    # decode once; from then on --data nyu.h5
 
 A source is Kaggle's folder, the official .mat, an .h5 packed here, or rooms drawn here. Depth is
 float32 metres, 0 = missing; its factor follows from format and split, never from the values.
+
+Sizes: n frames, B batch, H W image height and width, h w depth height and width.
 """
-# n frames, B batch, H W image height and width, h w depth height and width, P pixels, K boxes
 import argparse
 import base64
 import csv
 import functools
-import io
 import itertools
 import json
-import math
 import os
+import shutil
+import signal
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from math import ceil, isfinite, prod
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image
 
-SIZE, DEPTH_SIZE = (192, 256), (48, 64)                # height, width: METER's input and output
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # ImageNet's, of RGB in 0..1
-DEPTH_PNG = {  # metres per level, and modes of Pillow: 8-bit train, 16-bit test PNGs
-    "train": (10 / 255, ("L",)), "test": (1 / 1000, ("I;16", "I;16B", "I"))}
-KAGGLE_MOUNT = Path("/kaggle/input/nyu-depth-v2/nyu_data")
-PACKED = "METER frames, version 1"                     # attribute `format` of a packed .h5
-DRAWS = 11, 15                     # random numbers that `augment` takes for a frame: plain, zoomed
-TEST_BITS = (  # the 654 official test frames among the 1,449 labelled ones, one bit each
+if "ipykernel" not in sys.modules:
+    os.environ["MPLBACKEND"] = "agg"  # `!python` inherits a notebook's, which it may not have
+
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+SIZE = 192, 256                # height, width of METER's input
+DEPTH_SIZE = 48, 64            # and of its output
+MEAN = 0.485, 0.456, 0.406     # ImageNet's, of RGB in 0..1
+STD = 0.229, 0.224, 0.225
+FORMS = {"image": ((*SIZE, 3), "u1"), "depth": ((1, *DEPTH_SIZE), "<f4")}  # of a packed frame
+DRAWS = 11, 15                 # random numbers that `augment` takes for a frame: plain, zoomed
+ROOMS = 400                    # synthetic rooms to train on, unless --rooms says otherwise
+KAGGLE_INPUT = Path("/kaggle/input")
+KAGGLE_NAMES = "nyu-depth-v2", "datasets/soumikrakshit/nyu-depth-v2"  # older, newer notebooks
+MIN_SHARE = 0.001              # of the pixels: depth bins with no more do not count
+POOLS = "train", "test"        # of frames, in each source
+PACKED = "METER frames, version 2"  # attribute `format` of a packed .h5
+COLOURS = "RGB", "RGBA", "P", "L", "LA"  # Pillow's modes of 8 bits
+HOW_TO_GET_NYU = "README, Data, tells how to get NYU Depth V2 (4.1 GB); then point --data to it."
+# The 654 official test frames among the 1,449 labelled ones, one bit each.
+TEST_BITS = (
     "wIfIH//mAb4AHh/gAAAOD7yAAOADvx///8PwHAAAAEABA4P4AfwHOA/+AAM/8AAB/DgAPAAH4P8AB8/4AAAAH7/8OOAO"
     "P//gPgPAPhj4APwYYcMfn4fM4H+MHzwDAAP////gAfB8DgD//HD8DgAAAABwDgceAOADzn+AA+DwcA4BxgGYwAA/8f9/"
-    "eA4/4wH//H5nPwHw//HwfOADx/+APw/+5/BgAPPwOPAZgAH+f4P8DweA/4A=")
-HOW_TO_GET_NYU = "README, Data, tells how to get NYU Depth V2 (4.1 GB); then point --data to it."
-FOCAL = SIZE[1] * 519 / 640                           # pixels; the Kinect's, as in NYU Depth V2
-FURNITURE = [  # from-to of width, height, depth, bottom in metres, way out to the wall (1 is at it)
-    ((.5, 1.5), (.6, 2.1), (.3, .6), (0, 0), (1, 1)),       # cabinet
-    ((1.3, 2.2), (.4, .8), (.8, 1), (0, 0), (.6, 1)),       # sofa
-    ((.8, 1.6), (.4, .7), (.6, 1), (0, 0), (.1, .7)),       # table
-    ((.3, .6), (.3, .6), (.3, .6), (0, 0), (.1, 1)),        # stool
-    ((.2, .5), (1, 1), (.2, .5), (1.8, 2.1), (.1, .7)),     # lamp, hanging: the ceiling cuts it off
-    ((.6, 1.2), (.04, .4), (.2, .3), (1.3, 1.7), (1, 1)),   # shelf
-    ((.4, 1.3), (.4, .9), (.03, .04), (1.1, 1.3), (1, 1))]  # picture
-BRIGHTNESS = [(.1, .4), (.3, .7), (.6, .85)] + [(.04, .6)] * 7  # floor, walls, ceiling, furniture
+    "eA4/4wH//H5nPwHw//HwfOADx/+APw/+5/BgAPPwOPAZgAH+f4P8DweA/4A="
+)
 
-def make_rooms(indices, seed=0, device="cpu"):
-    """Images (B, 3, 192, 256) uint8, z-depths (B, 1, 48, 64) in metres of the rooms `indices`."""
-    rooms = [torch.Generator().manual_seed(seed * 10**6 + i) for i in indices.tolist()]
-    def draw(*ranges):  # R of them, or R lists of N of them -> (B, R, N)
+
+# Synthetic rooms: boxes in a box, seen by a camera like the Kinect of NYU Depth V2.
+
+FOCAL = SIZE[1] * 519 / 640    # pixels
+FURNITURE = """
+cabinet  0.5 1.5   0.6  2.1   0.3  0.6    0    0     1    1
+sofa     1.3 2.2   0.4  0.8   0.8  1      0    0     0.6  1
+table    0.8 1.6   0.4  0.7   0.6  1      0    0     0.1  0.7
+stool    0.3 0.6   0.3  0.6   0.3  0.6    0    0     0.1  1
+lamp     0.2 0.5   1    1     0.2  0.5    1.8  2.1   0.1  0.7
+shelf    0.6 1.2   0.04 0.4   0.2  0.3    1.3  1.7   1    1
+picture  0.4 1.3   0.4  0.9   0.03 0.04   1.1  1.3   1    1
+"""  # ranges of width, height, depth, bottom in metres, and of the way to the wall
+# Ranges of brightness of floor, walls, ceiling, and each piece of furniture.
+BRIGHTNESS = [(0.1, 0.4), (0.3, 0.7), (0.6, 0.85)] + [(0.04, 0.6)] * 7
+
+
+def make_rooms(numbers, seed=0, device="cpu"):
+    """Images (B, 3, 192, 256) uint8, z-depths (B, 1, 48, 64) in metres of the rooms `numbers`.
+
+    x points right, y up, z forward, in metres; the origin is the middle of the room. A box is half
+    its size (x, y, z) and its center. Box 0 is the room itself, seen from within.
+    """
+    rooms = [torch.Generator().manual_seed(seed * 10**6 + n) for n in numbers.tolist()]
+
+    def draw(*ranges):
+        """Numbers from each range: (B, ranges, 1); from lists of K ranges: (B, lists, K)."""
         low, high = torch.tensor(ranges).view(len(ranges), -1, 2).unbind(2)
         uniform = torch.stack([torch.rand(low.shape, generator=room) for room in rooms])
         return (low + (high - low) * uniform).to(device)
-    def hashed(x):  # -1 .. 1, different wherever x is
-        return (x.sin() * 43758.5).frac()
-    # Room and camera: x right, y up, z forward in metres, the origin in the middle of the room.
-    size = draw((1.2, 3), (1.2, 1.5), (1.4, 4.6))                          # (B, 3, 1), half of it
-    camera = draw((-.4, .4), (-.2, .15), (-.9, .2)) * size
-    yaw, pitch = draw((-.8, .8), (-.1, .45)).split(1, 1)                   # (B, 1, 1)
-    # Furniture along the left, far and right wall (places -3 to -1 to 1 to 3), or further inside.
-    half, low, out, place = draw(*zip(*FURNITURE), [(-2.2, 2.2)] * 7).split([3, 1, 1, 1], 1)
-    half = half.where(place.abs() < 1, half.flip(1)) / 2                   # (B, 3, K)
-    center = torch.cat([place, 0 * place, 2 - place.abs()], 1).clamp(-1, 1) * (size - half) * out
-    center[:, 1:2] = low + half[:, 1:2] - size[:, 1:2]
-    half, center = torch.cat([size, half], 2), torch.cat([0 * size, center], 2)  # the room is box 0
-    # Rays have length 1 along the optical axis, so the way along them is z-depth.
-    pixel = torch.arange(math.prod(SIZE), device=device)                   # (P,)
+
+    room = draw((1.2, 3.0), (1.2, 1.5), (1.4, 4.6))                       # (B, 3, 1), half its size
+    camera = draw((-0.4, 0.4), (-0.2, 0.15), (-0.9, 0.2)) * room
+    yaw, pitch = draw((-0.8, 0.8), (-0.1, 0.45)).split(1, 1)              # (B, 1, 1)
+    half, center = furnish(room, draw)                                    # (B, 3, boxes)
+    ray = camera_rays(yaw, pitch)                                         # (B, 3, pixels)
+    depth, box = cast(ray, camera, half, center)                          # (B, 1, pixels)
+    image = shade(camera + ray * depth, box, room, half, center, draw)    # (B, 3, pixels)
+
+    image = (image * 255).byte().view(-1, 3, *SIZE)
+    depth = depth.view(-1, 1, *SIZE)[..., 2::4, 2::4]  # the pixel that Pillow's NEAREST takes
+    return image, depth.contiguous()
+
+
+def furnish(room, draw):
+    """The room and its furniture as boxes."""
+    table = np.loadtxt(FURNITURE.splitlines(), usecols=range(1, 11)).reshape(7, 5, 2)
+    ranges = [*table.swapaxes(0, 1).tolist(), [(-2.2, 2.2)] * 7]
+    size, bottom, outwards, place = draw(*ranges).split([3, 1, 1, 1], 1)
+
+    # `place` goes along the left (-3 to -1), far (-1 to 1) and right wall (1 to 3); at the left and
+    # right one furniture is turned by 90 degrees.
+    half = size.where(place.abs() < 1, size.flip(1)) / 2
+    along = torch.cat([place, 0 * place, 2 - place.abs()], 1).clamp(-1, 1)
+    center = along * (room - half) * outwards
+    center[:, 1:2] = bottom + half[:, 1:2] - room[:, 1:2]
+    return torch.cat([room, half], 2), torch.cat([0 * room, center], 2)
+
+
+def camera_rays(yaw, pitch):
+    """Rays of length 1 along the optical axis, so that the way along them is z-depth."""
+    pixel = torch.arange(prod(SIZE), device=yaw.device)
     x = (pixel % SIZE[1] - (SIZE[1] - 1) / 2) / FOCAL
     y = ((SIZE[0] - 1) / 2 - pixel // SIZE[1]) / FOCAL
-    y, z = pitch.cos() * y - pitch.sin(), pitch.sin() * y + pitch.cos()    # (B, 1, P)
-    ray = torch.cat([yaw.cos() * x + yaw.sin() * z, y, yaw.cos() * z - yaw.sin() * x], 1)
-    inverse, depth, box = (1 / ray).clamp(-1e6, 1e6), torch.inf, 0         # never 0 times infinity
+    y, z = pitch.cos() * y - pitch.sin(), pitch.sin() * y + pitch.cos()
+    x, z = yaw.cos() * x + yaw.sin() * z, yaw.cos() * z - yaw.sin() * x
+    return torch.cat([x, y, z], 1)
+
+
+def cast(ray, camera, half, center):
+    """Depth at which each ray meets the nearest box, and the number of that box."""
+    inverse = (1 / ray).clamp(-1e6, 1e6)  # finite: an infinity times 0 would be nan
+    depth, box = torch.inf, 0
     for number in range(half.shape[2]):
-        reach = half[:, :, number, None] * inverse.abs()                   # (B, 3, P)
+        reach = half[:, :, number, None] * inverse.abs()
         middle = (center[:, :, number, None] - camera) * inverse
-        enter, leave = (middle - reach).amax(1, True), (middle + reach).amin(1, True)
-        seen = enter.where((enter > .5) & (enter < leave), torch.inf) if number else leave
-        box = torch.where(seen < depth, number, box)                       # (B, 1, P)
+        enter = (middle - reach).amax(1, keepdim=True)
+        leave = (middle + reach).amin(1, keepdim=True)
+        if number == 0:
+            seen = leave
+        else:
+            seen = enter.where((enter > 0.5) & (enter < leave), torch.inf)
+        box = torch.where(seen < depth, number, box)
         depth = seen.clamp(max=depth)
-    # Tiles or planks whose shades follow from their numbers along x, y, z; then light and noise.
-    point, index = camera + ray * depth, box.expand(-1, 3, -1)             # (B, 3, P)
-    local = (point - center.gather(2, index)) / half.gather(2, index)      # 1 or -1 across the face
-    normal = local.sign() * (local.abs() == local.abs().amax(1, True)) * (1 - 2 * (box == 0))
-    kind = torch.where(box == 0, 1 - normal[:, 1:2].long(), box + 2)       # floor, walls, ceiling
-    spans = (.9, 1.3), (.9, 1.1), (.65, 1.15), (-.3, .25), (.07, 1), (.07, 1), (.07, 1)
+    return depth, box
+
+
+def hashed(x):
+    """A number in -1 .. 1 that is different wherever x is."""
+    return (x.sin() * 43758.5).frac()
+
+
+def shade(point, box, room, half, center, draw):
+    """RGB in 0..1 of what is seen at `point` (B, 3, pixels) on `box`."""
+    # The face: its normal, and whether it is floor, wall, ceiling or one of the furniture.
+    index = box.expand(-1, 3, -1)
+    local = (point - center.gather(2, index)) / half.gather(2, index)  # 1 or -1 across the face
+    normal = local.sign() * (local.abs() == local.abs().amax(1, keepdim=True))
+    normal = normal * (1 - 2 * (box == 0))                             # of the room: inwards
+    kind = torch.where(box == 0, 1 - normal[:, 1:2].long(), box + 2)
+
+    # Its paint: tiles or planks whose shades follow from their numbers along x, y, z.
+    spans = (0.9, 1.3), (0.9, 1.1), (0.65, 1.15), (-0.3, 0.25), (0.07, 1), (0.07, 1), (0.07, 1)
     paint = draw(BRIGHTNESS, *[[span] * len(BRIGHTNESS) for span in spans]).relu()
     gray, hue, contrast, width = paint.gather(2, kind.expand(-1, 8, -1)).split([1, 3, 1, 3], 1)
     x, y, z = (point * (normal == 0) / width).floor().split(1, 1)
-    shade = hashed(x * 127.1 + y * 311.7 + z * 74.7 + kind + draw((0, 99)))
-    way = draw((-.6, .6), (.6, .9), (-.6, .6)) * size - point              # to the lamp
+    tile = hashed(x * 127.1 + y * 311.7 + z * 74.7 + kind + draw((0, 99)))
+
+    # The light: a lamp at the ceiling, some daylight from each side, and the sensor's noise.
+    way = draw((-0.6, 0.6), (0.6, 0.9), (-0.6, 0.6)) * room - point
     lamp = torch.cosine_similarity(normal, way)[:, None] / (1 + way.square().sum(1, True) / 6)
-    light = .35 + draw((.6, 1.9)) * lamp.relu() + (normal * draw(*[(-.15, .15)] * 3)).sum(1, True)
-    image = (gray * hue * (1 + contrast * shade) * light).clamp(0, 1).sqrt()
-    image = (image + .03 * hashed(hashed(pixel) * 78.233 + draw(*[(0, 99)] * 3))).clamp(0, 1)
-    return ((image * 255).byte().view(-1, 3, *SIZE),
-            depth.view(-1, 1, *SIZE)[..., 2::4, 2::4].contiguous())
+    light = 0.35 + draw((0.6, 1.9)) * lamp.relu()
+    light = light + (normal * draw(*[(-0.15, 0.15)] * 3)).sum(1, True)
+    image = (gray * hue * (1 + contrast * tile) * light).clamp(0, 1).sqrt()
+    pixel = torch.arange(point.shape[2], device=point.device)
+    noise = hashed(hashed(pixel) * 78.233 + draw(*[(0, 99)] * 3))
+    return (image + 0.03 * noise).clamp(0, 1)
+
+
+class UserError(Exception):
+    """What only the user can mend. The message says what is wrong, where, and what to do next."""
+
+
+# Sources. Each has two POOLS of frames.
 
 class Source:
-    """Frames in two pools, "train" and "test"; `faults` collects what is wrong with them."""
-    def __init__(self, path, names, read=None):
-        # names[pool]: files, or numbers from 0; read(pool, name): Pillow's image, depth, its unit
-        self.path, self.names, self.read, self.faults = path, names, read, []
-        self.sizes = {pool: len(frames) for pool, frames in names.items()}
+    """Frames that Pillow decodes: a subclass's read(pool, name) gives image, depth and its unit.
+
+    names[pool] is what each frame is called; `faults` collects what is wrong with them.
+    """
+    rooms = None      # how many, if they are drawn
+    mirror_shift = 1  # see `augment`
+
+    def __init__(self, path, names):
+        self.path = path
+        self.names = names
+        self.faults = []
+
+    def load(self, pool, indices):
+        """Images uint8 (n, 192, 256, 3), depths (n, 1, 48, 64) metres; indices: range or list."""
+        image = torch.empty(len(indices), *SIZE, 3, dtype=torch.uint8)
+        depth = torch.empty(len(indices), 1, *DEPTH_SIZE)
+        for rows, *block in self.blocks(pool, indices):
+            image[rows], depth[rows] = block
+        return image, depth
+
+    def blocks(self, pool, indices, size=256):
+        """Yields (slice, images, depths), a block of frames at a time."""
+        for start in progress(range(0, len(indices), size), f"read {pool}", len(indices), size):
+            rows = slice(start, min(start + size, len(indices)))
+            image, depth = self.frames(pool, indices[rows])
+            self.check(pool, indices[rows], depth)
+            yield rows, image, depth
 
     def frames(self, pool, indices):
-        """uint8 (n, 192, 256, 3), metres (n, 1, 48, 64), resampled by Pillow as in the notebook."""
-        def decode(i):
-            try:
-                image, depth, metres = self.read(pool, self.names[pool][i])
-                if image.width * 3 != image.height * 4 or image.size != depth.size:
-                    raise ValueError(f"image {image.size}, depth {depth.size}: not one 4:3 size")
-                image = image.resize(SIZE[::-1], Image.Resampling.BILINEAR)
-                depth = depth.resize(DEPTH_SIZE[::-1], Image.Resampling.NEAREST)
-                return np.asarray(image), metres * np.asarray(depth, np.float32)[None]
-            except Exception as error:  # noqa: BLE001  a damaged file may raise almost anything
-                self.faults.append(f"{self.path}, {pool} frame {self.names[pool][i]}: {error}")
-                return np.zeros((*SIZE, 3), np.uint8), np.ones((1, *DEPTH_SIZE), np.float32)
-        with ThreadPoolExecutor(os.cpu_count()) as threads:    # at once: Pillow frees the GIL
-            pairs = zip(*threads.map(decode, indices))
-            return tuple(torch.from_numpy(np.stack(part)) for part in pairs)
+        names = [self.names[pool][i] for i in indices]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow frees the GIL
+            pairs = threads.map(functools.partial(self.decode, pool), names)
+            return tuple(torch.from_numpy(np.stack(part)) for part in zip(*pairs))
 
-def kaggle_folder(path):
-    """nyu_data, or its parent: data/nyu2_train.csv and nyu2_test.csv list pairs of files."""
-    root, names = path if (path / "data").is_dir() else path / "nyu_data", {}
-    for pool in DEPTH_PNG:
-        index = (root / "data" / f"nyu2_{pool}.csv").resolve()
-        if not index.is_file():
-            sys.exit(f"error: {index} does not exist.\n{HOW_TO_GET_NYU}")
-        rows = [row for row in csv.reader(index.read_text(errors="replace").split("\n")) if row]
-        if odd := [row for row in rows or ["nothing"] if len(row) != 2]:
-            sys.exit(f"error: {index}: {odd[0]} is no image and depth. Get the CSV again.")
-        names[pool] = [[str((root / cell).resolve()) for cell in row] for row in rows]
-    def read(pool, files):
-        (image, depth), (metres, modes) = map(Image.open, files), DEPTH_PNG[pool]
-        if image.mode not in ("RGB", "RGBA", "P", "L", "LA") or depth.mode not in modes:
-            raise ValueError(f"image {image.mode}, depth {depth.mode}: save them as RGB and grey, "
-                             "8-bit for training, 16-bit for the test")
-        return image.convert("RGB"), depth, metres
-    return Source(path, names, read)
+    def decode(self, pool, name):
+        """One frame, resized as in the notebook; black and 1 m away where it is broken."""
+        try:
+            image, depth, metres = self.read(pool, name)
+            if image.width * 3 != image.height * 4 or image.size != depth.size:
+                raise ValueError(f"image {image.size}, depth {depth.size}: not one 4:3 size")
+            self.mirror_shift = mirror_shift(image.width)
+            image = image.resize(SIZE[::-1], Image.Resampling.BILINEAR)
+            depth = depth.resize(DEPTH_SIZE[::-1], Image.Resampling.NEAREST)
+            return np.asarray(image), metres * np.asarray(depth, np.float32)[None]
+        except Exception as error:  # noqa: BLE001  a damaged file may raise almost anything
+            self.faults.append(f"{self.path}, {pool} frame {name}: {error}")
+            return np.zeros((*SIZE, 3), np.uint8), np.ones((1, *DEPTH_SIZE), np.float32)
 
-def labeled_mat(path, raw_depth):
+    def check(self, pool, indices, depth):
+        """Notes frames whose depth cannot be metres."""
+        for i, part in zip(indices, depth):
+            low, high = part.aminmax()
+            if not (low >= 0 and 0 < high <= 100):  # nor is nan
+                self.faults.append(f"{self.path}, {pool} frame {self.names[pool][i]}: depth is "
+                                   "nan, negative, above 100 m or missing everywhere")
+
+
+def mirror_shift(width):
+    """Pixels (of 256) by which `augment` moves the mirror image of a frame of this width.
+
+    Pillow's NEAREST takes one pixel for a cell of `step`: the middle one, or the right one of the
+    two in the middle, at .625 of the cell if the frame has 256 pixels and at .55 if it has 640.
+    Mirrored it stands at .375 or .45, which is 1 or .4 pixels of 256 away.
+    """
+    step = width / DEPTH_SIZE[1]
+    place = (int(step / 2) + 0.5) / step
+    return round(8 * (place - 0.5))
+
+
+def to_rgb(image):
+    """A Pillow image as RGB; ValueError where Pillow would turn it white or black."""
+    if image.mode not in COLOURS:
+        raise ValueError(f"image of mode {image.mode}: save it as RGB or grey of 8 bits")
+    return image.convert("RGB")
+
+
+class KaggleFolder(Source):
+    """nyu2_train.csv and nyu2_test.csv list pairs of files: image, depth."""
+    METRES = {"train": 10 / 255, "test": 1 / 1000}             # 8-bit and 16-bit PNGs
+    MODES = {"train": ["L"], "test": ["I;16", "I;16B", "I"]}   # as Pillow calls these
+
+    def __init__(self, path):
+        super().__init__(path, {pool: read_list(path, f"nyu2_{pool}.csv") for pool in POOLS})
+        if not self.names["train"]:
+            raise UserError(f"{path / 'data' / 'nyu2_train.csv'} does not exist, nor any "
+                            f"nyu2_train.csv up to four folders below {path}.\n{HOW_TO_GET_NYU}")
+
+    def read(self, pool, name):
+        for path in name:
+            if not os.path.isfile(path):  # a pipe would never end
+                raise FileNotFoundError(f"No such file: {path}")
+        image, depth = map(Image.open, name)
+        if depth.mode not in self.MODES[pool]:
+            raise ValueError(f"depth of mode {depth.mode}: training depth is grey of 8-bit, 255 = "
+                             "10 m, test depth grey of 16-bit, in millimetres")
+        return to_rgb(image), depth, self.METRES[pool]
+
+
+def read_list(folder, name):
+    """Pairs of paths from Kaggle's CSV of this name, also as spreadsheets and Windows save it.
+
+    It lies in the folder or below it; [] if there is none: the notebook needs no test.
+    """
+    found = []
+    for depth in range(5):
+        found = found or [file for file in folder.glob("*/" * depth + name) if file.is_file()]
+    if not found:
+        return []
+    path = max(found, key=lambda file: (len(str(file)), str(file)))  # versions/10, not versions/9
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = list(csv.reader(text.split("\n"), delimiter="," if "," in text else ";"))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is no CSV in UTF-8 ({error}): get it again.") from error
+    pairs = [[cell.strip().replace("\\", "/") for cell in row if cell.strip()] for row in rows]
+    pairs = [pair for pair in pairs if pair]
+    odd = [pair for pair in pairs if len(pair) != 2 or "\0" in "".join(pair)]
+    if odd or not pairs:
+        raise UserError(f"{path}: {odd[0] if odd else 'it is empty, which'} is no image and depth.")
+
+    # The paths begin at the folder above, or at the CSV's own.
+    root = path.parent if (path.parent / pairs[0][0]).exists() else path.parent.parent
+    return [[os.path.join(root, cell) for cell in pair] for pair in pairs]
+
+
+class LabeledMat(Source):
     """nyu_depth_v2_labeled.mat: MATLAB 7.3, which is HDF5; each image lies there transposed."""
-    file, key = h5py.File(path), "rawDepths" if raw_depth else "depths"
-    if not {"images", key} <= set(file) or len(file["images"]) != len(file[key]):
-        sys.exit(f"error: {path} lacks images or {key}: it is no nyu_depth_v2_labeled.mat.")
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(TEST_BITS), np.uint8))[:len(file[key])]
-    def read(pool, i):
-        image, depth = (np.ascontiguousarray(file[name][i].T) for name in ("images", key))
-        return Image.fromarray(image), Image.fromarray(depth.astype(np.float32)), 1
-    return Source(path, {"train": np.flatnonzero(bits == 0), "test": np.flatnonzero(bits)}, read)
+
+    def __init__(self, path, file, raw_depth):
+        self.image = dataset(file, "images")
+        self.depth = dataset(file, "rawDepths" if raw_depth else "depths")
+        bits = np.frombuffer(base64.b64decode(TEST_BITS), np.uint8)
+        test = np.unpackbits(bits)[:len(self.image)]
+        super().__init__(path, {"train": np.flatnonzero(test == 0), "test": np.flatnonzero(test)})
+
+    def read(self, pool, name):
+        image = np.ascontiguousarray(self.image[name].T)
+        depth = np.ascontiguousarray(self.depth[name].T, np.float32)
+        return Image.fromarray(image), Image.fromarray(depth), 1
+
 
 class Packed(Source):
-    """Written by `pack`: <pool>/image uint8 (n, 192, 256, 3), /depth float32 (n, 1, 48, 64)."""
-    def __init__(self, path):
-        self.file = h5py.File(path)
-        if (found := self.file.attrs.get("format")) != PACKED:
-            sys.exit(f"error: {path} was not packed by this data.py ({found!r}): pack it again.")
-        super().__init__(path, {pool: range(len(x["image"])) for pool, x in self.file.items()})
+    """Written by `pack`: <pool>/image and <pool>/depth, each in one piece.
 
-    def frames(self, pool, indices):                   # h5py is fast row by row, slow with a list
-        return tuple(torch.from_numpy(np.stack([self.file[pool][key][i] for i in indices]))
-                     for key in ("image", "depth"))
+    They are mapped: what lies there is read when it is used, and may be larger than memory.
+    """
+
+    def __init__(self, path, file):
+        self.mirror_shift = int(file.attrs["mirror_shift"])
+        self.arrays, names = {}, {}
+        for pool, (key, (shape, kind)) in itertools.product(POOLS, FORMS.items()):
+            found = dataset(file, f"{pool}/{key}")
+            offset = found.id.get_offset()
+            names.setdefault(pool, range(len(found)))
+            if offset is None or found.shape != (len(names[pool]), *shape) or found.dtype != kind:
+                raise UserError(f"{path} is damaged: {pool}/{key} {found.shape} is not "
+                                f"{len(names[pool])} of {kind} {shape}: pack it again.")
+            mapped = np.memmap(path, kind, "c", offset, found.shape)
+            self.arrays[pool, key] = torch.from_numpy(mapped)
+        super().__init__(path, names)
+
+    def load(self, pool, indices):
+        rows = slice(indices.start, indices.stop) if isinstance(indices, range) else indices
+        image, depth = self.arrays[pool, "image"][rows], self.arrays[pool, "depth"][rows]
+        self.check(pool, indices, depth)
+        return image, depth
+
+    frames = load
+
 
 class Rooms(Source):
     """Rooms drawn by `make_rooms`: numbers from 0 for training, from a billion for the test."""
+
     def __init__(self, rooms, device):
-        tests = range(10 ** 9, 10 ** 9 + max(rooms // 5, 1))
-        super().__init__("synthetic rooms", {"train": range(rooms), "test": tests})
-        self.device = device
+        self.rooms = rooms
+        self.device = torch.device(device)
+        tests = range(10**9, 10**9 + max(rooms // 5, 1))
+        super().__init__(None, {"train": range(rooms), "test": tests})
 
     def frames(self, pool, indices):
-        rooms = torch.tensor([self.names[pool][i] for i in indices])
-        parts = [make_rooms(part, device=self.device) for part in rooms.split(8)]
-        image, depth = map(torch.cat, zip(*parts))
+        numbers = torch.tensor([self.names[pool][i] for i in indices])
+        at_once = 64 if self.device.type == "cuda" else 8
+        parts = [make_rooms(part, device=self.device) for part in numbers.split(at_once)]
+        image, depth = (torch.cat(part).cpu() for part in zip(*parts))
         return image.permute(0, 2, 3, 1), depth
 
-def open_source(path, raw_depth=False, rooms=400, device="cpu"):
-    """The source behind --data (a path or None); ends the program if there is none."""
-    if not path and not KAGGLE_MOUNT.is_dir():
-        print(f"data: {rooms:,} synthetic rooms, drawn now. {HOW_TO_GET_NYU}")
-        return Rooms(rooms, device)
-    path = Path(path or KAGGLE_MOUNT).resolve()
+
+def open_source(data=None, raw_depth=False, rooms=None, device="cpu"):
+    """The source behind --data, --raw-depth, --rooms; if none is given, NYU where Kaggle keeps it.
+
+    Raises UserError if there is none.
+    """
+    path = data
+    if path is None and rooms is None:
+        path = find_kaggle()
+    if path is None:
+        source = Rooms(rooms or ROOMS, device)
+        print(f"data: {source.rooms:,} synthetic rooms, drawn now. {HOW_TO_GET_NYU}")
+    elif os.path.isdir(path):
+        source = KaggleFolder(Path(os.path.abspath(path)))
+    elif os.path.isfile(path):
+        source = open_hdf5(os.path.abspath(path), raw_depth)
+    else:
+        raise UserError(f"--data {os.path.abspath(path)} does not exist as a folder, .mat or .h5."
+                        f"\n{HOW_TO_GET_NYU}")
+    if raw_depth and not isinstance(source, LabeledMat):
+        raise UserError("--raw-depth chooses a depth of the labelled .mat, and --data is none.")
+    return source
+
+
+def find_kaggle():
+    """NYU Depth V2 as Kaggle mounts it or kagglehub keeps it; None elsewhere."""
+    cache = os.environ.get("KAGGLEHUB_CACHE") or os.path.expanduser("~/.cache/kagglehub")
+    places = [KAGGLE_INPUT / name for name in KAGGLE_NAMES] + [Path(cache) / KAGGLE_NAMES[1]]
+    found = [place for place in places if place.is_dir()]
+    if not found and KAGGLE_INPUT.is_dir():
+        raise UserError(f"{KAGGLE_INPUT} holds no NYU Depth V2: add the data set "
+                        "soumikrakshit/nyu-depth-v2 to the notebook, or ask for --rooms 400.")
+    return found[0] if found else None
+
+
+def open_hdf5(path, raw_depth):
+    """An HDF5 file, known by its content, whatever its name."""
     try:
-        if path.is_dir():
-            return kaggle_folder(path)
-        if path.is_file() and path.suffix in (".mat", ".h5"):
-            return labeled_mat(path, raw_depth) if path.suffix == ".mat" else Packed(path)
-    except OSError as error:                           # not HDF5, or cut short
-        sys.exit(f"error: {path} cannot be opened as HDF5 ({error}). Get it again.")
-    sys.exit(f"error: --data {path} does not exist as a folder, .mat or .h5.\n{HOW_TO_GET_NYU}")
+        file = h5py.File(path)
+    except OSError as error:
+        broken = "signature" in str(error) or "truncated" in str(error)
+        advice = "get it again" if broken else "another program holds it, or you may not read it"
+        raise UserError(f"{path} cannot be opened as HDF5 ({error}): {advice}.") from error
 
-def split_indices(sizes, split, notebook=False):
-    """(pool, range) of "train", "val" or "test". In file order: a random split would leak scenes.
-    Ours: test is the source's own, val the last 10 % of train. Notebook's: 80/10/10 of train."""
+    if file.attrs.get("format") == PACKED:
+        return Packed(path, file)
+    if "images" in file:
+        return LabeledMat(path, file, raw_depth)
+    raise UserError(f"{path} was not packed by this data.py ({file.attrs.get('format')!r}): pack it "
+                    "again.")
+
+
+def dataset(file, name):
+    """A dataset of an HDF5 file; UserError if it is missing or its values lie in another file."""
+    found = file.get(name)
+    if (not isinstance(found, h5py.Dataset) or found.file.filename != file.filename
+            or found.external or found.is_virtual):
+        raise UserError(f"{file.filename} is damaged: {name} is missing or not in this file: pack "
+                        "it or get it again.")
+    return found
+
+
+def pack(source, path):
+    """Write all frames of a source to one .h5: whole or not at all, in bounded memory."""
+    if not source.names["test"]:
+        raise UserError(f"{source.path} lacks nyu2_test.csv.")
+    source.frames("train", range(1))  # sets mirror_shift
+
+    def save(temporary):
+        # HDF5 only lays the file out: it would not survive a disk that fills while it writes.
+        offsets = {}
+        with h5py.File(temporary, "w") as file:
+            file.attrs.update(format=PACKED, mirror_shift=source.mirror_shift)
+            for pool, (key, (shape, kind)) in itertools.product(POOLS, FORMS.items()):
+                shape = len(source.names[pool]), *shape
+                made = file.create_dataset(f"{pool}/{key}", shape, kind, fill_time="never")
+                made[0] = 0  # now it has its place
+                offsets[pool, key] = made.id.get_offset()
+        need, free = os.path.getsize(temporary), shutil.disk_usage(temporary.parent).free
+        if need > free:
+            raise UserError(f"{path.absolute()} needs {need:,} bytes, {free:,} are free.")
+
+        with open(temporary, "r+b") as file:
+            for pool in POOLS:
+                for rows, image, depth in source.blocks(pool, range(len(source.names[pool]))):
+                    for key, values in (("image", image), ("depth", depth)):
+                        file.seek(offsets[pool, key] + rows.start * values[0].nbytes)
+                        file.write(values.contiguous().numpy())
+        stop_on_faults(source)
+
+    with sole_writer(path.parent):
+        write(path, save)
+
+
+# Frames of one split, and batches of them.
+
+def split_indices(n, split, notebook=False):
+    """Which of the n frames of its pool are "train", "val" or "test": a range.
+
+    In file order: a random split would leak scenes. Ours: test is the source's own pool, val the
+    last 10 % of train. Notebook's: 80/10/10 of train.
+    """
     if split == "test" and not notebook:
-        return "test", range(sizes["test"])
-    n = sizes["train"]
-    train, end = (int(0.8 * n), int(0.8 * n) + int(0.1 * n)) if notebook else (n - n // 10, n)
-    return "train", {"train": range(train), "val": range(train, end), "test": range(end, n)}[split]
+        return range(n)
+    val = int(0.8 * n) if notebook else n - n // 10
+    test = val + int(0.1 * n) if notebook else n
+    return {"train": range(val), "val": range(val, test), "test": range(test, n)}[split]
 
-def progress(label, n):
-    """Call the result with how many of n are done: `train 500/716 | 64.2 images/s | 3 s left`."""
-    start = shown = time.monotonic()
-    def show(done):
-        nonlocal shown
-        now = time.monotonic()
-        rate = done / (now - start + 1e-9)
-        text = f"{label} {done:,}/{n:,} | {rate:.1f} images/s | {(n - done) / rate:.0f} s left"
-        if sys.stdout.isatty():                        # rewritten; in a file, a line every 30 s
-            print("\r\033[K" + (text if done < n else ""), end="", flush=True)
-        elif now - shown > 30:
-            shown = now
-            print(text, flush=True)
-    return show
 
-def read_blocks(source, pool, indices, label, block=256):
-    """Yields (slice, images, depths) block by block; what is wrong goes to the source's faults."""
-    show = progress(label, len(indices))
-    for start in range(0, len(indices), block):
-        numbers = indices[start:start + block]
-        image, depth = source.frames(pool, numbers)
-        fine = ((depth >= 0) & (depth <= 100)).flatten(1).all(1) & depth.flatten(1).any(1)
-        source.faults += [f"{source.path}, {pool} frame {source.names[pool][i]}: depth is nan, "
-                          "negative, above 100 m or missing everywhere"
-                          for i, good in zip(numbers, fine) if not good]
-        yield slice(start, start + len(numbers)), image, depth
-        show(start + len(numbers))
-
-def stop_on_faults(source):  # names all that is broken: call it when all Frames are loaded
+def stop_on_faults(source):
+    """UserError with the names of broken frames. Call it when all Frames are loaded."""
     if source.faults:
-        sys.exit(f"error: {len(source.faults)} broken frames, to be mended or taken out. The first "
-                 "twenty:\n  " + "\n  ".join(sorted(source.faults)[:20]))
+        raise UserError(f"{len(source.faults)} broken frames, to be mended or taken out. The first "
+                        "twenty:\n  " + "\n  ".join(sorted(source.faults)[:20]))
+
 
 class Frames:
-    """One split, uint8, fed from "device", "host" or "file"; "auto": the first that has room."""
-    def __init__(self, source, split, device, feed="auto", notebook=False, limit=None):
-        self.source, self.device, self.feed = source, torch.device(device), feed
-        self.pool, self.indices = split_indices(source.sizes, split, notebook)
-        if not (whole := len(self)):
-            sys.exit(f"error: no images in split {split}: the source has {source.sizes}.")
-        part = min(limit or whole, whole)              # evenly spaced
-        self.indices = [self.indices[n * whole // part] for n in range(part)]
-        if feed == "auto":
-            need = len(self) * (3 * math.prod(SIZE) + 4 * math.prod(DEPTH_SIZE))   # bytes
-            known = getattr(os, "sysconf_names", ())   # free memory; macOS: all; Windows: not said
-            pages = [x for x in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if x in known]
-            host = os.sysconf(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else math.inf
-            free = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else host
-            self.feed = "device" if need < free / 2 else "host" if need < 0.7 * host else "file"
-        self.where = self.device if self.feed == "device" else torch.device("cpu")
-        if self.feed == "file" and not isinstance(source, Packed):
-            sys.exit("error: frames fed from file must be packed first: python data.py SOURCE nyu.h5")
-        size = len(self) if self.feed != "file" else 0
-        self.image = torch.empty(size, *SIZE, 3, dtype=torch.uint8, device=self.where)
-        self.depth = torch.empty(size, 1, *DEPTH_SIZE, device=self.where)
-        for rows, image, depth in read_blocks(source, self.pool, self.indices, f"load {split}"):
-            if size:                                   # from a file: only checked for now
-                self.image[rows], self.depth[rows] = image, depth
+    """One split: image uint8 (n, 192, 256, 3), depth float32 (n, 1, 48, 64), in metres.
+
+    On the device if they fill less than half of it; else in host memory or mapped from a file.
+    Says what depth they hold; UserError if there is none.
+    """
+
+    def __init__(self, source, split, device, notebook=False, limit=None):
+        pool = "test" if split == "test" and not notebook else "train"
+        indices = split_indices(len(source.names[pool]), split, notebook)
+        if not indices:
+            raise UserError(f"no images in split {split}: {source.path}, nyu2_{pool}.csv or pool "
+                            f"{pool}, has {len(source.names[pool])}.")
+        if limit and limit < len(indices):
+            indices = [indices[i * len(indices) // limit] for i in range(limit)]  # evenly spaced
+        self.image, self.depth = source.load(pool, indices)
+        self.mirror_shift = source.mirror_shift
+        self.median = describe(split, self.depth.numpy())
+        self.checksum = 0  # of rooms: another machine rounds them otherwise
+        if not source.rooms:
+            lines = self.image[:, SIZE[0] // 2].numpy()  # of each image: all would take long
+            self.checksum = zlib.crc32(self.depth.numpy(), zlib.crc32(np.ascontiguousarray(lines)))
+
+        self.device, self.copying = torch.device(device), None
+        if self.device.type == "cuda":
+            if self.image.nbytes + self.depth.nbytes < torch.cuda.mem_get_info()[0] / 2:
+                self.image, self.depth = self.image.to(device), self.depth.to(device)
+            else:
+                self.copying = torch.cuda.Stream()
 
     def __len__(self):
-        return len(self.indices)
+        return len(self.image)
 
-    def fetch(self, rows):
-        """Images uint8 (B, 3, 192, 256), channels last, and depths (B, 1, 48, 64) of these rows."""
-        if self.feed == "file":
-            pair = self.source.frames(self.pool, [self.indices[row] for row in rows])
-        else:
-            pair = [x[rows.to(self.where)] for x in (self.image, self.depth)]
-        if pair[0].device.type != self.device.type:    # only pinned memory is copied asynchronously
-            pair = [x.pin_memory().to(self.device, non_blocking=True) for x in pair]
-        return pair[0].permute(0, 3, 1, 2), pair[1]
+    def fetch(self, numbers):
+        """Images uint8 (B, 3, 192, 256), channels last, depths (B, 1, 48, 64) of these frames."""
+        image, depth = self.image[numbers], self.depth[numbers]
+        if self.copying:  # from host memory, while the GPU still works on the batch before
+            computing = torch.cuda.current_stream()
+            with torch.cuda.stream(self.copying):
+                image, depth = (x.pin_memory().to(self.device, non_blocking=True)
+                                for x in (image, depth))
+            computing.wait_stream(self.copying)
+            for x in (image, depth):
+                x.record_stream(computing)  # not to be freed before it is read
+        return image.permute(0, 3, 1, 2), depth
 
-    def batches(self, batch_size, order=None, first=0):
-        """Yields (rows, images, depths) from batch number `first` on."""
-        order = torch.arange(len(self), device=self.where) if order is None else order
-        for rows in order.split(batch_size)[first:]:
-            yield rows, *self.fetch(rows)
+    def batches(self, batch_size, order=None):
+        """Yields what `fetch` gives."""
+        order = torch.arange(len(self)) if order is None else order
+        return map(self.fetch, order.to(self.image.device).split(batch_size))
+
+
+def describe(split, depth):
+    """Says what depth (n, 1, h, w) a split holds: its median. UserError if it holds none."""
+    if not ((depth > 1e-3) & (depth < 10)).any():
+        raise UserError(f"split {split} has no pixel between 1 mm and 10 m: look at the depth, its "
+                        "scale or its encoding.")
+    some = depth[::ceil(len(depth) / 1000)]
+    measured = some[some > 0]
+    low, median, high = np.percentile(measured, [1, 50, 99])
+    far = np.mean(measured > 10)
+    print(f"{split}: {len(depth):,} images, depth {median:.2f} m in the median, 1 % below {low:.2f} "
+          f"m, 99 % below {high:.2f} m; {measured.size / some.size:.1%} measured, {far:.1%} of that "
+          "beyond 10 m", flush=True)
+    if far > 0.5:
+        print(f"warning: most of the depth in {split} is beyond 10 m: is it in metres?")
+    return median
+
+
+# What is done to a batch, on the device.
 
 @functools.cache
 def constant(values, device):
     """A tensor of (nested) tuples, copied to the device once: each copy would make the GPU wait."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
+
 def normalise(image):
     """What METER takes: RGB 0..1 (B, 3, H, W) minus ImageNet's mean, over its deviation."""
-    mean, std = (constant(x, image.device).view(3, 1, 1) for x in (MEAN, STD))
+    mean = constant(MEAN, image.device).view(3, 1, 1)
+    std = constant(STD, image.device).view(3, 1, 1)
     return (image - mean) / std
 
-def augment(image, depth, draws, zoom=1.0):
+
+def augment(image, depth, draws, zoom=1.0, mirror_shift=1):
     """METER's augmentations, each with p = 0.5 for each frame (Papa et al.).
+
     image (B, 3, H, W) RGB 0..1; depth (B, 1, h, w) metres; draws (B, 11 or 15) in 0..1.
     Mirror; another channel order; colours b * rgb ** g * e, all in 0.9..1.1; depth +-10 cm; a crop
-    enlarged up to `zoom` times, its depth divided by as much (Eigen et al. 2014)."""
-    draws = draws[:, :, None, None, None].to(image.device)                 # (B, D, 1, 1, 1)
-    mirror, permute, recolour, shift = (draws[:, :4] < 0.5).unbind(1)      # (B, 1, 1, 1) each
-    image, depth = (torch.where(mirror, x.flip(3), x) for x in (image, depth))
-    orders = constant(tuple(itertools.permutations(range(3))), image.device).long()    # (6, 3)
-    order = orders[(draws[:, 4] * 6).long().flatten(), :, None, None]      # (B, 3, 1, 1)
+    enlarged up to `zoom` times, its depth divided by as much (Eigen et al. 2014).
+    The mirrored image moves `mirror_shift` pixels to the right, under the points where depth was
+    taken. The depth of a crop is off by 5 cm on average (NYU, zoom 1.5; 4.5 if interpolated), as 48
+    x 64 points do not say what lies between them.
+    """
+    draws = draws[:, :, None, None, None].to(image.device)  # (B, draws, 1, 1, 1)
+    mirror, permute, recolour, shift = (draws[:, :4] < 0.5).unbind(1)
+
+    flipped = image.flip(3)
+    moved = flipped[..., :image.shape[3] - mirror_shift]
+    flipped = torch.cat([flipped[..., :mirror_shift], moved], 3)
+    image = torch.where(mirror, flipped, image)
+    depth = torch.where(mirror, depth.flip(3), depth)
+
+    orders = constant(tuple(itertools.permutations(range(3))), image.device).long()  # (6, 3)
+    order = orders[(draws[:, 4] * 6).long().flatten()][:, :, None, None]             # (B, 3, 1, 1)
     image = torch.where(permute, image.gather(1, order.expand_as(image)), image)
-    b, g, *e = (0.9 + 0.2 * draws[:, 5:10]).unbind(1)                      # e: for each channel
-    image = torch.where(recolour, (b * image ** g * torch.cat(e, 1)).clamp(0, 1), image)
+
+    brightness, gamma, *colours = (0.9 + 0.2 * draws[:, 5:10]).unbind(1)
+    recoloured = brightness * image ** gamma * torch.cat(colours, 1)
+    image = torch.where(recolour, recoloured.clamp(0, 1), image)
+
     moved = (depth + 0.2 * draws[:, 10] - 0.1).clamp(min=1e-3)
     depth = torch.where(shift & (depth > 0), moved, depth)
+
     if zoom > 1:
-        part = 1 / (1 + (zoom - 1) * draws[:, 12] * (draws[:, 11] < 0.5))  # of height and width
-        middle = (2 * draws[:, None, 13:, :, 0, 0] - 1) * (1 - part)       # (B, 1, 2, 1): x, y
-        window = torch.cat([part * torch.eye(2, device=part.device), middle], 3)[:, 0]  # (B, 2, 3)
-        grids = [F.affine_grid(window, x.shape, align_corners=False) for x in (image, depth)]
-        image = F.grid_sample(image, grids[0], "bilinear", "border", False)
-        depth = F.grid_sample(depth, grids[1], "nearest", "border", False) * part
+        enlarge = draws[:, 11] < 0.5
+        part = 1 / (1 + (zoom - 1) * draws[:, 12] * enlarge)  # of height and width: (B, 1, 1, 1)
+        middle = (2 * draws[:, 13:, 0, 0] - 1) * (1 - part[:, 0])  # x and y in -1 .. 1: (B, 2, 1)
+        scale = part[:, 0] * torch.eye(2, device=part.device)      # (B, 2, 2)
+        window = torch.cat([scale, middle], 2)                     # (B, 2, 3)
+        image = crop(image, window, "bilinear")
+        depth = crop(depth, window, "nearest") * part
     return image, depth
+
+
+def crop(x, window, mode):
+    grid = F.affine_grid(window, x.shape, align_corners=False)
+    return F.grid_sample(x, grid, mode, padding_mode="border", align_corners=False)
+
 
 def depth_metrics(prediction, depth):
     """The usual NYU metrics of each frame: a dict of (B,) tensors, nan where nothing was measured.
+
+    The errors are infinite where a prediction is not finite.
     prediction, depth (B, 1, h, w) metres; pixels with 1e-3 < depth < 10, no crop, the prediction
-    clamped to that. delta_i: share of pixels with max(p/d, d/p) < 1.25 ** i."""
-    valid, p, d = (depth > 1e-3) & (depth < 10), prediction.clamp(1e-3, 10), depth.clamp(1e-3, 10)
-    maps = {"rmse_m": (p - d).square(), "rel": (p - d).abs() / d, "log10": (p / d).log10().abs(),
-            **{f"delta{i}": (torch.maximum(p / d, d / p) < 1.25 ** i).float() for i in (1, 2, 3)}}
-    means = {key: (x * valid).sum((1, 2, 3)) / valid.sum((1, 2, 3)) for key, x in maps.items()}
-    return means | {"rmse_m": means["rmse_m"].sqrt()}
+    clamped to that. delta_i: share of pixels with max(p/d, d/p) < 1.25 ** i.
+    """
+    valid = (depth > 1e-3) & (depth < 10)
+    p = torch.where(prediction.isfinite(), prediction.clamp(1e-3, 10), torch.inf)
+    d = depth.clamp(1e-3, 10)
+    ratio = torch.maximum(p / d, d / p)
+
+    def mean(x):
+        return torch.where(valid, x, 0.0).sum((1, 2, 3)) / valid.sum((1, 2, 3))
+
+    metrics = {
+        "rmse_m": mean((p - d).square()).sqrt(),
+        "rel": mean((p - d).abs() / d),
+        "log10": mean((p / d).log10().abs()),
+    }
+    for i in (1, 2, 3):
+        metrics[f"delta{i}"] = mean((ratio < 1.25 ** i).float())
+    return metrics
+
+
+def mean_metrics(rows):
+    """Means over all frames that were measured: a dict of floats; rows: dicts of (B,) tensors.
+
+    UserError where a prediction was not finite.
+    """
+    means = {key: torch.cat([row[key] for row in rows]).nanmean().item() for key in rows[0]}
+    broken = [key for key, value in means.items() if not isfinite(value)]
+    if broken:
+        raise UserError(f"{', '.join(broken)} not finite: the network predicts nan or infinity.")
+    return means
+
+
+# Results out, and flags: what train.py and dissect.py share.
+
+@contextmanager
+def sole_writer(folder):
+    """Makes a folder and holds it: a second program that wants to write there gets a UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder.absolute()}: {error.strerror}.") from error
+    try:
+        if handle is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, if killed
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"another program writes to {folder.absolute()}: wait for it, or choose "
+                        "another folder.") from error
+    finally:
+        if handle is not None:
+            os.close(handle)
+
 
 def write(path, save):
-    """Replace `path` by what save(temporary path) writes, if all goes well; makes its folder."""
+    """Replace `path` by what save(temporary path) writes: never by half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # also a link that somebody put there: never followed
         save(temporary)
-        with open(temporary, "r+b") as file:           # Windows flushes no file open to read
+        with open(temporary, "r+b") as file:  # Windows flushes no file that is open to read
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error        # h5py's are pages long
-        sys.exit(f"error: cannot write {path.resolve()}: {reason}.")
+        reason = os.strerror(error.errno) if error.errno else error  # h5py's are pages long
+        raise UserError(f"cannot write {path.absolute()}: {reason}.") from error
     finally:
         if temporary.exists():
             temporary.unlink()
 
-def line(row):
+
+def write_json(path, content):
+    text = json.dumps(content, indent=1, allow_nan=False)
+    write(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_csv(path, rows):
+    """rows: dicts with the same keys."""
+    def save(temporary):
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+
+    write(path, save)
+
+
+DEPTH_COLOURS = ScalarMappable(Normalize(0, 10), "viridis")  # of metres
+
+
+def new_figure(width, height):
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def write_figure(path, figure):
+    """Returns the figure, so that a notebook shows it."""
+    write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    return figure
+
+
+def show_picture(axis, picture, title, unit="", **options):
+    """A picture on an axis of its own; with a colour bar if it has a unit."""
+    shown = axis.imshow(np.asarray(picture), **options)
+    axis.set_title(title, fontsize=8)
+    axis.set(xticks=[], yticks=[])
+    if unit:
+        axis.figure.colorbar(shown, ax=axis, label=unit)
+
+
+def log_line(row):
     """A dict as one line of the log: key value | key value."""
     return " | ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                       for key, value in row.items())
 
-def write_json(path, content):
-    write(path, lambda file: file.write_text(json.dumps(content, indent=1)))
 
-def write_csv(path, rows):  # dicts with the keys of the first
-    text = io.StringIO()
-    csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])     # rows[0]: its keys
-    write(path, lambda file: file.write_text(text.getvalue(), newline=""))
+def progress(items, label, n, step=1):
+    """Yields `items`, each of `step` of n images, and says how far it is and how long it takes.
 
-def write_figure(path, figure):
-    write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    `train 500/716 | 64.2 images/s | 3 s left`: this line rewrites itself on a terminal; in a
+    notebook's output there is one every ten seconds, in a file every half minute.
+    """
+    notebook = "JPY_PARENT_PID" in os.environ or "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+    rewritten = getattr(sys.stdout, "isatty", bool)() and not notebook
+    pause = 0.1 if rewritten else 10 if notebook else 30  # seconds
+    before, end = ("\r\033[K", "") if rewritten else ("", "\n")
+    start = shown = time.monotonic()
+    for number, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        done = min(number * step, n)
+        rate = done / (now - start + 1e-9)
+        if now - shown > pause:
+            shown = now
+            print(f"{before}{label} {done:,}/{n:,} | {rate:.1f} images/s | "
+                  f"{(n - done) / rate:.0f} s left", end=end, flush=True)
+    if rewritten:
+        print(before, end="", flush=True)
 
-def write_pictures(path, lines, heading=None):
-    """A grid of pictures: lines of (title, picture, unit of its colour bar or "", for imshow)."""
-    shape = len(lines), len(lines[0])
-    figure = Figure(figsize=(2.4 * shape[1], 1.9 * shape[0]), layout="constrained")
-    figure.suptitle(heading)
-    axes = figure.subplots(*shape, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
-    for axis, (title, picture, unit, options) in zip(axes.flat, itertools.chain(*lines)):
-        shown = axis.imshow(np.asarray(picture), **options)
-        axis.set_title(title, fontsize=8)
-        if unit:
-            figure.colorbar(shown, ax=axis, label=unit)
-    write_figure(path, figure)
 
-def check_folder(path):  # before any work: can it be made and written to?
-    there = next(x for x in (path.resolve(), *path.resolve().parents) if os.path.lexists(x))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        sys.exit(f"error: --out {path.resolve()}: {there} is not a folder that can be written to.")
-
-def pack(source, path):
-    """Write all frames of a source to one .h5, a row per chunk, atomically, in bounded memory."""
-    def save(temporary):
-        with h5py.File(temporary, "w") as file:
-            file.attrs.update(format=PACKED, source=str(source.path))
-            make = file.create_dataset
-            for pool, n in source.sizes.items():
-                images = make(f"{pool}/image", (n, *SIZE, 3), "u1", chunks=(1, *SIZE, 3))
-                depths = make(f"{pool}/depth", (n, 1, *DEPTH_SIZE), "f", chunks=(1, 1, *DEPTH_SIZE))
-                for rows, image, depth in read_blocks(source, pool, range(n), f"pack {pool}"):
-                    images[rows], depths[rows] = image, depth
-            stop_on_faults(source)
-    write(path, save)
-
-def number(kind, low=-math.inf, high=math.inf):
-    """For argparse: a finite int or float from low to high."""
+def number(kind, low=0, high=1e9):
+    """For argparse: an int or float from low to high."""
     def parse(text):
-        if not low <= (value := kind(text)) <= high or not math.isfinite(value):
+        value = kind(text)
+        if not low <= value <= high:  # nor is nan
             raise argparse.ArgumentTypeError(f"{text} is not in the range {low} to {high}")
         return value
-    parse.__name__ = kind.__name__                     # argparse says "invalid int value"
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
+
+
+def new_parser(text):
+    """An argparse parser that raises UserError."""
+    p = argparse.ArgumentParser(description=text, allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(message):
+        raise UserError(f"{message} (--help lists all flags).")
+
+    p.error = error
+    return p
+
+
+def given_flags(argv):
+    """Names of the flags that stand in argv, such as "--alpha"."""
+    words = sys.argv[1:] if argv is None else argv
+    return {word.split("=")[0] for word in words if word.startswith("--")}
+
 
 def add_source_arguments(p):
     """The flags that choose the frames, the same in train.py and dissect.py."""
     p.add_argument("--data", type=Path, help="folder, .mat or .h5; none: Kaggle's mount or rooms")
     p.add_argument("--raw-depth", action="store_true", help=".mat: depth with holes, not filled in")
-    p.add_argument("--rooms", type=number(int, 10), default=400, help="synthetic training rooms")
-    p.add_argument("--feed", choices=["auto", "device", "host", "file"], default="auto",
-                   help="where frames wait: GPU, memory, .h5; auto: the first that has room")
-    p.add_argument("--batch-size", type=number(int, 1), default=8, help="images a step")
+    p.add_argument("--rooms", type=number(int, 10, 1e8),
+                   help=f"synthetic training rooms, {ROOMS} if there is no other data")
+    p.add_argument("--min-share", type=number(float, 0, 0.5), default=MIN_SHARE, metavar="SHARE",
+                   help="depth bins with no more than this share of the pixels do not count")
+
+
+def run_command(main, *mistakes):
+    """main() as a command: a user's mistake ends it with one sentence; ours keep their traceback.
+
+    mistakes: more kinds of exception, beside UserError, that are the user's.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a Chinese path on a Western Windows
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    try:
+        main()
+    except (UserError, *mistakes) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: train.py --resume goes on after the last whole epoch.")
+    except (MemoryError, RuntimeError) as error:  # RuntimeError: of the GPU, or torch's
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        sys.exit(f"error: memory is full: halve --batch-size, or pack the frames. ({error})"[:300])
+
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Decode NYU Depth V2 once and pack it into one .h5.")
+    p = new_parser("Decode NYU Depth V2 once and pack it into one .h5.")
     p.add_argument("source", type=Path, help="Kaggle's nyu_data folder or nyu_depth_v2_labeled.mat")
     p.add_argument("out", type=Path, help="the .h5 to write; it must not exist yet")
     p.add_argument("--raw-depth", action="store_true", help=".mat: depth with holes, not filled in")
     args = p.parse_args(argv)
     if args.out.suffix != ".h5" or args.out.exists() or not args.out.parent.is_dir():
-        sys.exit(f"error: {args.out.resolve()} must be a new .h5 file in a folder that exists.")
-    pack(source := open_source(args.source, args.raw_depth), args.out)
-    print(f"{args.out}: {source.sizes} frames, {args.out.stat().st_size / 1e9:.2f} GB")
+        raise UserError(f"{args.out.absolute()} must be a new .h5 file in a folder that exists.")
+
+    source = open_source(args.source, args.raw_depth)
+    pack(source, args.out)
+    print(f"{args.out}: {args.out.stat().st_size / 1e9:.2f} GB")
+
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,316 +1,554 @@
 """Dissect trained networks: which unit answers to which depth, how selectively, does it matter?
 
     python dissect.py runs/baseline/best.pt runs/selective/best.pt --viz     # side by side, figures
-    python dissect.py --layers dec_3 --ablate --correct --images my_photos   # the newest run
+    python dissect.py --layers dec_3 --ablate --images my_photos   # the newest run
 
 Writes units.csv, dissect.json and what the flags ask for to --out.
+
+Sizes: B batch, C channels (units), K depth bins, h w activation map.
 """
-# B batch, C units, K depth bins, h w size of an activation map
-import argparse
 import itertools
-import sys
+from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 import data
-import model as meter
+from data import (
+    DEPTH_COLOURS,
+    SIZE,
+    UserError,
+    depth_metrics,
+    mean_metrics,
+    new_figure,
+    normalise,
+    progress,
+    show_picture,
+    write_csv,
+    write_figure,
+)
+from model import (
+    LAYERS,
+    SIGNED,
+    CheckpointError,
+    assigned_bins,
+    bin_sums,
+    bin_weights,
+    counted_bins,
+    layer_thresholds,
+    load_checkpoint,
+    notebook_depth,
+    record,
+    selectivity,
+    unit_selectivity,
+)
 
-MEASURES = {"selectivity": "of a unit's strongest depth bin, |mean activation|",
-            "assigned_selectivity": "of the bin that training assigns, mean |activation|"}
-COLUMNS = "unit", "selectivity", "peak_bin", "peak_m", "assigned_bin", "assigned_selectivity"
-ORDERS = {"most selective first": "tab:red", "least selective first": "tab:blue", "random": "gray"}
+MEASURES = {
+    "selectivity": "of a unit's strongest depth bin, |mean activation|",
+    "assigned_selectivity": "of the bin that training assigns, mean |activation|",
+}
+COLUMNS = [  # of units.csv, after checkpoint and layer; a dead unit has peak_bin -1
+    "unit", "selectivity", "peak_bin", "peak_m", "assigned_bin", "assigned_selectivity", "dead",
+]
+ORDERS = {  # of an ablation, by their first word: colour and label
+    "most": ("tab:red", "most selective first"),
+    "least": ("tab:blue", "least selective first"),
+    "random": ("silver", "five random orders"),
+}
+OUTPUTS = [  # what dissect.py writes, and clears when it writes there again
+    "dissect.json", "units.csv", "ablation.csv", "overview.png", "ablation.png",
+    "*_units.png", "*_activations.png", "*_photos_*.png", "*_depth.png",
+]
+
+
+# Measuring.
 
 @torch.no_grad()
-def measure(model, frames, layers, notebook=False, batch_size=16, change=None):
-    """One pass over the frames for all layers, in fp32: (means of data.depth_metrics, units).
-    units: for each layer a dict of CPU tensors: edges (K+1,) of the depth bins in metres, count
-    (K,) pixels, signed and absolute (C, K), means of activation and |activation| in each bin, and
-    what units.csv holds (C,). change: (layer, function), to go on with function(x, true depth)."""
-    rows, sums, units = [], {}, {}
-    target, function = change or ("dec_3", lambda x, depth: None)          # None: x as it was
-    hook = model.get_submodule(meter.LAYERS[target]).register_forward_hook(
-        lambda module, inputs, x: function(x, depth))
-    with meter.record(model, layers) as features, hook:
-        for _, image, depth in frames.batches(batch_size):
-            prediction = model(data.normalise(image / 255))                # (B, 1, 48, 64) metres
-            rows.append(data.depth_metrics(prediction, depth))
-            binned, shared = meter.notebook_depth(depth) if notebook else depth, {}
-            for name, x in features.items():                               # (B, C, h, w)
-                edges = meter.layer_thresholds(x.shape[1], notebook, depth.device)
-                key = len(edges), *x.shape[-2:]                            # these share weights
-                if key not in shared:
-                    shared[key] = meter.bin_weights(binned, edges, x.shape[-2:])
-                maps = (x, x.abs()) if name in meter.SIGNED else (x,)      # after a ReLU |x| is x
-                totals = [meter.bin_sums(y, shared[key]) for y in maps]
-                new = shared[key].sum((0, 2, 3)), totals[0], totals[-1]
-                sums[name] = [old + y.double() for old, y in zip(sums.get(name, (0, 0, 0)), new)]
-    for name in layers:
-        count, *totals = (x.cpu() for x in sums[name])
-        signed, absolute = (total / count.clamp(min=1) for total in totals)
-        edges, peak = meter.layer_thresholds(len(signed), notebook), signed.abs().argmax(1)
-        units[name] = {"edges": edges, "count": count, "signed": signed, "absolute": absolute,
-                       "unit": torch.arange(len(peak)), "peak_bin": peak,
-                       "peak_m": (edges[peak] + edges[peak + 1]) / 2,
-                       "selectivity": meter.selectivity(signed.abs(), peak),
-                       "assigned_bin": meter.assigned_bins(*signed.shape),
-                       "assigned_selectivity": meter.unit_selectivity(absolute, count)}
-    return {key: torch.cat([row[key] for row in rows]).nanmean().item() for key in rows[0]}, units
+def measure(model, frames, layers, notebook=False, batch_size=16, min_share=0.0):
+    """One pass over the frames for all layers, in fp32: (means of depth_metrics, units).
 
-def switch_off(units, value):
-    """Ablation: a change for `measure` that sets `units` (indices) to their value; value (C,)."""
-    off = torch.zeros_like(value, dtype=torch.bool).index_fill(0, units.to(value.device), True)
-    return lambda x, depth: torch.where(off[:, None, None], value[:, None, None], x)
+    units[layer] is what `describe_units` says of that layer.
+    """
+    rows = []
+    sums = dict.fromkeys(layers, 0)
+    for image, depth in frames.batches(batch_size):
+        with record(model, layers) as features:
+            prediction = model(normalise(image / 255))
+        rows.append(depth_metrics(prediction, depth))
 
-def at_depth(response, edges, depth):
-    """Responses (..., K) at depth (B, 1, H, W): (..., B, H, W), nan where that is in no bin."""
-    return F.pad(response, (1, 1), value=torch.nan)[..., torch.bucketize(depth[:, 0], edges)]
+        binned = notebook_depth(depth) if notebook else depth
+        weights = {}  # shared by the layers of one size and number of bins
+        for layer, x in features.items():
+            edges = layer_thresholds(x.shape[1], notebook, depth.device)
+            key = len(edges), *x.shape[-2:]
+            if key not in weights:
+                weights[key] = bin_weights(binned, edges, x.shape[-2:])
+            count = weights[key].sum((0, 2, 3))[None]           # (1, K)
+            signed = absolute = bin_sums(x, weights[key])       # (C, K)
+            if layer in SIGNED:
+                absolute = bin_sums(x.abs(), weights[key])
+            sums[layer] = sums[layer] + torch.cat([count, signed, absolute]).double()
 
-def give_mean(unit, response, edges):
-    """Correction (You et al.): a change that makes a unit answer as on average at the true depth.
-    response (K,) signed, of depth bins with edges (K+1,). A cell of several pixels gets their mean;
-    cells with missing depth stay as they are."""
-    def change(x, depth):
-        mean = F.adaptive_avg_pool2d(at_depth(response, edges, depth), x.shape[-2:])   # (B, h, w)
-        return x.select_scatter(mean.where(mean.isfinite(), x[:, unit]), 1, unit)
-    return change
+    units = {layer: describe_units(x.cpu(), notebook, min_share) for layer, x in sums.items()}
+    return mean_metrics(rows), units
 
-def ablate(model, frames, layer, r, replacement, batch_size=16):
-    """RMSE as more and more units of a layer are off: rows of ablation.csv, in several orders.
-    r: units[layer] of `measure`; a unit that is off answers "zero", or its "mean" over pixels."""
-    value = (r["signed"] * r["count"]).sum(1) / r["count"].sum() * (replacement == "mean")
-    value, ranked = value.float().to(frames.device), r["selectivity"].argsort(descending=True)
-    orders = dict(zip(ORDERS, (ranked, ranked.flip(0)))) | {               # five, for their spread
-        f"random {n}": torch.randperm(len(value), generator=torch.Generator().manual_seed(n))
-        for n in range(5)}
-    counts, rows = sorted({round(len(value) * n / 8) for n in range(9)}), []
-    show = data.progress(f"ablate {layer}", len(orders) * len(counts) * len(frames))
-    for (order, units), n in itertools.product(orders.items(), counts):
-        change = layer, switch_off(units[:n], value)
-        metrics, _ = measure(model, frames, [], batch_size=batch_size, change=change)
-        rows.append({"layer": layer, "replaced_by": replacement, "order": order, "units_off": n,
-                     "rmse_m": metrics["rmse_m"]})
-        show(len(rows) * len(frames))
-    return rows
 
-def draw_layer(title, r, path):
-    """Two figures of a layer: a bar chart over depth for each unit, and all units in one map."""
-    edges, response = r["edges"].numpy(), r["signed"].abs().numpy()        # (C, K)
-    lines = len(response) // (columns := 8 if len(response) <= 64 else 16)  # METER's divide by it
-    figure = Figure(figsize=(1.7 * columns, 1.15 * lines + 1.1), layout="constrained")
-    axes = figure.subplots(lines, columns, sharex=True, squeeze=False).flat
-    for unit, (axis, values) in enumerate(zip(axes, response)):
+def describe_units(sums, notebook=False, min_share=0.0):
+    """Means over all frames, and what follows: a dict of tensors.
+
+    sums (1 + 2 C, K) over all pixels of each bin: their count, and the activation and |activation|
+    of all units. edges (K + 1,) of the bins in metres; counted (K,) bool, see counted_bins; signed
+    and absolute (C, K), means of activation and |activation|; and the COLUMNS of units.csv (C,).
+    """
+    count = sums[0]
+    signed, absolute = (sums[1:] / count.clamp(min=1)).chunk(2)
+    units, bins = signed.shape
+    edges = layer_thresholds(units, notebook)
+    counted = counted_bins(count, min_share)
+    dead = absolute.amax(1) == 0
+    peak = (signed.abs() * counted).argmax(1)
+    return {
+        "edges": edges,
+        "counted": counted,
+        "signed": signed,
+        "absolute": absolute,
+        "unit": torch.arange(units),
+        "selectivity": selectivity(signed.abs(), peak, counted),
+        "peak_bin": peak.where(~dead, -1),
+        "peak_m": ((edges[peak] + edges[peak + 1]) / 2).where(~dead, torch.nan),
+        "assigned_bin": assigned_bins(units, bins),
+        "assigned_selectivity": unit_selectivity(absolute, count, min_share),
+        "dead": dead,
+    }
+
+
+# Does it matter? Changes of what a layer answers.
+
+def switch_off(units):
+    """Ablation: a change that sets `units` (indices) of x (B, C, h, w) to zero."""
+    return lambda x, depth=None: x.index_fill(1, units.to(x.device), 0.0)
+
+
+@contextmanager
+def answering(model, answers):
+    """While open, these layers compute nothing and answer what is given: {layer: tensor}."""
+    modules = [model.get_submodule(LAYERS[layer]) for layer in answers]
+    for module, x in zip(modules, answers.values()):
+        module.forward = lambda *inputs, x=x: x
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+@torch.no_grad()
+def rmse_after(model, frames, layer, changes, label, batch_size=16):
+    """RMSE on the frames after each change of what a layer answers: a list of metres.
+
+    changes: functions of the answer x (B, C, h, w) and the true depth. The layers up to this one
+    answer the same whatever the change, and compute it once.
+    """
+    before = list(LAYERS)[:list(LAYERS).index(layer) + 1]
+    rows = [[] for _ in changes]
+    for image, depth in progress(
+            frames.batches(batch_size), f"{label} {layer}", len(frames), batch_size):
+        image = normalise(image / 255)
+        with record(model, before) as features:
+            model(image)
+        for row, change in zip(rows, changes):
+            with answering(model, features | {layer: change(features[layer], depth)}):
+                row.append(depth_metrics(model(image), depth))
+    return [mean_metrics(row)["rmse_m"] for row in rows]
+
+
+def ablate(model, frames, layer, r, batch_size=16):
+    """RMSE as more and more units of a layer are off, in several orders: rows of ablation.csv.
+
+    r: units[layer] of `measure`.
+    """
+    units = len(r["unit"])
+    ranked = r["selectivity"].argsort(descending=True)
+    orders = {"most selective first": ranked, "least selective first": ranked.flip(0)}
+    for n in range(5):  # for the spread
+        orders[f"random {n}"] = torch.randperm(units, generator=torch.Generator().manual_seed(n))
+    counts = sorted({round(units * n / 8) for n in range(9)})
+
+    runs = list(itertools.product(orders, counts))
+    changes = [switch_off(orders[order][:n]) for order, n in runs]
+    errors = rmse_after(model, frames, layer, changes, "ablate", batch_size)
+    return [{"order": order, "units_off": n, "rmse_m": error}
+            for (order, n), error in zip(runs, errors)]
+
+
+# Figures. Each is written to `path` and returned.
+
+def draw_units(title, r, path):
+    """How each unit of a layer answers to depth: bars, or above 64 units one map."""
+    edges, rare = r["edges"].numpy(), ~r["counted"].numpy()
+    response = (r["signed"].abs() * r["counted"]).numpy()
+    response = response / np.maximum(response.max(1, keepdims=True), 1e-12)
+    if len(response) > 64:
+        return draw_map(title, r, response, path)
+
+    figure = new_figure(11, 1.7 + 0.95 * ceil(len(response) / 8))
+    axis = figure.subplots()
+    for unit, heights in enumerate(response):  # a panel: as wide as the depths, 1 high
+        x, y = edges + 1.15 * edges[-1] * (unit % 8), -1.5 * (unit // 8)
         own = r["assigned_bin"][unit]
-        axis.axvspan(*edges[own:own + 2], color="tab:orange", alpha=0.35, lw=0)
-        colour = matplotlib.colormaps["viridis"](min(r["peak_m"][unit].item() / 6, 1.0))
-        axis.stairs(values, edges, fill=True, color=colour)
-        axis.set_title(f"unit {unit}: {r['selectivity'][unit]:.2f}", fontsize=8, pad=2)
-        axis.set(yticks=[], xlim=(0, edges[-1]))
-    figure.suptitle(f"{title}: |mean activation| of each unit over depth, and its selectivity\n"
-                    "colour: depth of its peak; orange: the bin that training assigns", fontsize=10)
-    figure.supxlabel("depth in metres", fontsize=10)
-    data.write_figure(path.with_name(f"{path.name}_units.png"), figure)
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axis, order = figure.subplots(), r["peak_bin"].argsort(stable=True).numpy()
-    scaled = (response / np.maximum(response.max(1, keepdims=True), 1e-12))[order]
-    shown = axis.pcolormesh(edges, np.arange(len(order) + 1), scaled, cmap="magma", vmin=0)
+        score = "dead" if r["dead"][unit] else f"{r['selectivity'][unit]:.2f}"
+        axis.text(x[0], y + 1.05, f"unit {unit}: {score}", fontsize=8)
+        axis.stairs(y + heights, x, baseline=y, fill=True,
+                    color=DEPTH_COLOURS.to_rgba(r["peak_m"][unit]))
+        axis.stairs(y + rare, x, baseline=y, fill=True, facecolor="none", lw=0, hatch="/////",
+                    edgecolor="gray" if r["dead"][unit] else "silver")
+        axis.plot(x[[own, own + 1]], [y - 0.07] * 2, color="tab:orange", lw=4)
+
+    axis.set(yticks=[], xticks=edges[[0, -1]], frame_on=False,
+             title=f"{title}: |mean activation| of each unit over depth, and its selectivity",
+             xlabel=f"each panel: depth from 0 to {edges[-1]:.3g} m; orange: the bin that training "
+             "assigns; hatched: too few pixels to count")
+    figure.colorbar(DEPTH_COLOURS, ax=axis, label="depth of its peak, metres")
+    return write_figure(path, figure)
+
+
+def draw_map(title, r, response, path):
+    """All units of a layer over depth, sorted by the depth of their peak; dead ones last."""
+    order = r["peak_m"].nan_to_num(torch.inf).argsort(stable=True).numpy()
+    figure = new_figure(8, 6)
+    axis = figure.subplots()
+    shown = axis.pcolormesh(r["edges"].numpy(), range(len(order) + 1), response[order],
+                            cmap="magma")
     figure.colorbar(shown, label="|mean activation| / the unit's strongest")
-    axis.set(title=f"{title}: which depth do its {len(order)} units see?", ylim=(len(order), 0),
-             xlabel="depth in metres", ylabel="units, sorted by the depth of their peak")
-    data.write_figure(path.with_name(f"{path.name}_map.png"), figure)
+    axis.set(title=f"{title}: which depth do its {len(order)} units see? ({r['dead'].sum()} dead)",
+             ylim=(len(order), 0), xlabel="depth in metres",
+             ylabel="units, sorted by the depth of their peak")
+    return write_figure(path, figure)
+
 
 def draw_overview(results, path):
-    """Mean selectivity of each layer, both measures, checkpoints side by side."""
-    figure, width = Figure(figsize=(11, 6), layout="constrained"), 0.8 / len(results)
+    """Mean selectivity of each layer, both measures, checkpoints side by side; * regularised."""
+    width = 0.8 / len(results)
+    figure = new_figure(11, 6)
     for axis, (key, meaning) in zip(figure.subplots(2, 1, sharex=True), MEASURES.items()):
         for n, (label, result) in enumerate(results.items()):
-            axis.bar(np.arange(len(result["layers"])) + (n + 0.5) * width - 0.4,
-                     [layer[key] for layer in result["layers"].values()], width, label=label)
+            means = [layer[key] for layer in result["layers"].values()]
+            axis.bar(np.arange(len(means)) + (n + 0.5) * width - 0.4, means, width, label=label)
         axis.set(title=f"{key}: {meaning}", ylabel="mean over units")
         axis.grid(alpha=0.3, axis="y")
-    axis.set_xticks(range(len(result["layers"])), result["layers"], rotation=30)
-    figure.axes[0].legend()
-    data.write_figure(path, figure)
+    axis.set_xticks(range(len(means)), starred(results), rotation=30)
+    figure.axes[0].legend(title="* regularised in one of them")
+    return write_figure(path, figure)
+
 
 def draw_ablation(rows, path):
-    """RMSE against the number of units off: a line of panels for each layer, one a checkpoint."""
-    panels = [(title, list(group)) for title, group in itertools.groupby(
-        rows, lambda row: f"{row['checkpoint']}, {row['layer']}")]
-    lines = len(panels) // (columns := len({row["checkpoint"] for row in rows}))
-    figure = Figure(figsize=(4.2 * columns, 3.5 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).T.flat
-    for axis, (title, panel) in zip(axes, panels):
-        for order, colour in ORDERS.items():
-            own = [row for row in panel if row["order"].startswith(order)]
-            counts = sorted({row["units_off"] for row in own})
-            errors = np.reshape([row["rmse_m"] for row in own], (-1, len(counts)))
-            axis.plot(counts, errors.mean(0), ".-", color=colour, label=order)
-            axis.fill_between(counts, errors.min(0), errors.max(0), color=colour, alpha=0.2)
-        axis.set(title=title, ylabel="RMSE, m", xlabel=f"units off (to {rows[0]['replaced_by']})")
+    """RMSE against the number of units off: a line of panels a layer, a column a checkpoint."""
+    panels = {}
+    for row in rows:
+        curve = panels.setdefault((row["layer"], row["checkpoint"]), {})
+        curve.setdefault(row["order"], {})[row["units_off"]] = row["rmse_m"]
+    columns = len({checkpoint for _, checkpoint in panels})
+    lines = len(panels) // columns
+    figure = new_figure(max(4.2 * columns, 7.5), 3.4 * lines + 1)
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
+    for axis, (layer, checkpoint) in zip(axes, sorted(panels, key=lambda panel: panel[0])):
+        for order, curve in reversed(panels[layer, checkpoint].items()):
+            colour, label = ORDERS[order.split()[0]]
+            axis.plot(curve.keys(), curve.values(), ".-", color=colour, label=label)
+        axis.set(title=f"{checkpoint}, {layer}", ylabel="RMSE, m", xlabel="units off (answer 0)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8, title_fontsize=8, title="band: five random orders")
-    data.write_figure(path, figure)
+    figure.suptitle("Do selective units matter? Units are switched off one after the other.\n"
+                    "If red rises first, the network needs its selective units most; if blue does, "
+                    "least.", fontsize=10)
+    figure.legend(*(x[-3:] for x in axis.get_legend_handles_labels()), loc="outside lower center",
+                  ncols=3)
+    return write_figure(path, figure)
+
+
+def at_depth(response, edges, depth):
+    """Responses (..., K) at depth (B, 1, H, W): (..., B, H, W), 0 where that is in no bin."""
+    return F.pad(response, (1, 1))[..., torch.bucketize(depth[:, 0], edges)]
+
 
 @torch.no_grad()
 def two_pictures(model, image, depth, units):
-    """Depth (if None, the prediction) and what units answer, on the CPU: {layer: (|activation| and
-    its mean at that depth, 0 if missing, (B, C, 48, 64) each, and their correlation (B, C))}."""
-    with meter.record(model, units) as features:
-        prediction = model(data.normalise(image / 255))
-    depth, pictures = (prediction if depth is None else depth).cpu(), {}
+    """What units answer, and what depth alone tells of it, on the CPU.
+
+    image (B, 3, H, W) uint8; depth (B, 1, 48, 64) metres, or None for the prediction. Returns depth
+    and, for each layer of `units`, |activation| and its mean over all frames at that depth, 0 where
+    that is missing, (B, C, 48, 64) each, and their correlation over the image (B, C).
+    """
+    with record(model, units) as features:
+        prediction = model(normalise(image / 255))
+    depth = (prediction if depth is None else depth).cpu()
+    pictures = {}
     for layer, r in units.items():
-        own = F.interpolate(features[layer].abs().cpu(), depth.shape[-2:], mode="bilinear")
-        usual = at_depth(r["absolute"].float(), r["edges"], depth).nan_to_num().transpose(0, 1)
-        centred = [x.flatten(2) - x.mean((2, 3))[..., None] for x in (own, usual)]
-        pictures[layer] = own, usual, F.cosine_similarity(*centred, dim=2)
+        answer = F.interpolate(features[layer].abs().cpu(), depth.shape[-2:], mode="bilinear")
+        usual = at_depth(r["absolute"].float(), r["edges"], depth).transpose(0, 1)
+        centred = [x.flatten(2) - x.mean((2, 3))[..., None] for x in (answer, usual)]
+        pictures[layer] = answer, usual, F.cosine_similarity(*centred, dim=2)
     return depth, pictures
 
+
 def choose_units(model, frames, units):
-    """[(layer, unit), ...], one that peaks near (to 2 m), in the middle (4 m), far: the highest in
-    selectivity * correlation, over up to 24 frames; and three frames in which these agree best."""
-    rows = torch.arange(0, len(frames), -(-len(frames) // 24))
-    _, pictures = two_pictures(model, *frames.fetch(rows), units)
-    names = [(layer, unit) for layer, r in units.items() for unit in range(len(r["unit"]))]
+    """Units to show, [(layer, unit), ...], and numbers of three frames in which they agree best.
+
+    One that peaks near (to 2 m), one in the middle (to 4 m), one far: the highest in selectivity *
+    correlation over up to 24 frames, of those with a correlation of .3 or more.
+    """
+    numbers = torch.arange(0, len(frames), ceil(len(frames) / 24))
+    _, pictures = two_pictures(model, *frames.fetch(numbers), units)
+    names = [(layer, unit) for layer, r in units.items() for unit in r["unit"].tolist()]
     likeness = torch.cat([pictures[layer][2] for layer in units], 1)       # (n, all units)
-    peak, own = (torch.cat([r[key] for r in units.values()]) for key in ("peak_m", "selectivity"))
-    score, band = own * likeness.mean(0), torch.bucketize(peak, torch.tensor([2.0, 4.0]))
-    chosen = [score.where(band == n, 0).argmax().item() for n in band[score > 0].unique()]
+    peak, score = (torch.cat([r[key] for r in units.values()]) for key in ("peak_m", "selectivity"))
+    score = (score * likeness.mean(0)).where(likeness.mean(0) >= 0.3, 0)   # (all units,)
+
+    chosen = []
+    for near, far in ((0, 2), (2, 4), (4, 10)):
+        inside = score.where((near < peak) & (peak <= far), 0)
+        if inside.any():
+            chosen.append(inside.argmax().item())
     best = likeness[:, chosen].sum(1).argsort(descending=True)[:3]
-    return [names[n] for n in chosen], rows[best]
+    return [names[n] for n in chosen], numbers[best]
+
 
 def draw_activations(model, image, depth, units, chosen, path):
     """Both pictures of the units `chosen`, in a line under image and depth.
-    image (n, 3, 192, 256) uint8; depth (n, 1, 48, 64) metres, or None for the prediction."""
-    title = "true depth" if depth is not None else "predicted depth"
+
+    image (n, 3, 192, 256) uint8; depth (n, 1, 48, 64) metres, or None for the prediction.
+    """
+    title = "predicted depth" if depth is None else "true depth"
     depth, pictures = two_pictures(model, image, depth, {x: units[x] for x, _ in chosen})
-    lines = [[cell for photo, map_ in zip(image.permute(0, 2, 3, 1).cpu(), depth[:, 0])
-              for cell in (("image", photo, "", {}), (title, map_, "metres", {"vmin": 0}))]]
-    for layer, unit in chosen:
-        s, peak = (units[layer][key][unit] for key in ("selectivity", "peak_m"))
-        own, usual, likeness = (x[:, unit] for x in pictures[layer])       # (n, 48, 64), (n,)
-        left, right = ({"cmap": "magma", "vmin": 0, "vmax": x.max().item()} for x in (own, usual))
-        lines.append([cell for a, b, r in zip(own, usual, likeness) for cell in (
-            (f"{layer} unit {unit}: s {s:.2f}, {peak:.1f} m", a, "", left),
-            (f"its mean at each depth: r {r:.2f}", b, "", right))])
-    data.write_pictures(path, lines, "Units for near, middle and far: |activation| beside its mean "
-                        "at the same depth\n(s: selectivity, depth of the peak; r: correlation)")
+    columns, lines = 2 * len(image), 1 + len(chosen)
+    figure = new_figure(max(2.5 * columns, 8), 1.9 * lines + 0.8 if chosen else 3.2)
+    if chosen:
+        figure.suptitle("Left: what a unit answers. Right: what it answers on average where it is "
+                        "that deep.\nThe more alike (r, correlation), the more is it depth that the "
+                        "unit sees.", fontsize=10)
+    axes = figure.subplots(lines, columns, squeeze=False)
+    for n in range(len(image)):
+        left, right = axes[:, 2 * n], axes[:, 2 * n + 1]
+        show_picture(left[0], image[n].permute(1, 2, 0).cpu(), "image")
+        show_picture(right[0], depth[n, 0], title, "metres", vmin=0)
+        for line, (layer, unit) in enumerate(chosen, 1):
+            answer, usual, likeness = (x[n, unit] for x in pictures[layer])
+            span = {"cmap": "magma", "vmin": 0, "vmax": answer.max().item()}
+            peak = units[layer]["peak_m"][unit]
+            show_picture(left[line], answer, f"{layer} unit {unit}, peak {peak:.1f} m", **span)
+            show_picture(right[line], usual, f"by depth alone: r {likeness:.2f}", "answer", **span)
+    return write_figure(path, figure)
+
+
+# The command.
 
 def read_photo(path):
     """Any photo as METER takes it, uint8 (3, 192, 256): cut to 4:3 in the middle, then resized."""
     try:
-        photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        if not path.is_file():
+            raise FileNotFoundError("no such file")
+        photo = data.to_rgb(ImageOps.exif_transpose(Image.open(path)))
     except Exception as error:  # noqa: BLE001  a damaged file may raise almost anything
-        sys.exit(f"error: --images {path.resolve()} is no photo: {error}.")
-    photo = ImageOps.fit(photo, data.SIZE[::-1], Image.Resampling.BILINEAR)    # as in training
+        hint = " Name checkpoints before --images." * (path.suffix in (".pt", ".pth"))
+        raise UserError(f"--images {path.absolute()} is no photo: {error}.{hint}") from error
+    photo = ImageOps.fit(photo, SIZE[::-1], Image.Resampling.BILINEAR)  # as in training
     return torch.from_numpy(np.array(photo)).permute(2, 0, 1)
+
+
+def read_photos(paths):
+    """{name: photo} of files, and of all photos in folders."""
+    photos, skipped = {}, []
+    for path in paths:
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            try:
+                photos[file.stem] = read_photo(file)
+            except UserError:
+                if file == path:  # named outright
+                    raise
+                skipped.append(file.name)
+    if skipped:
+        print(f"--images: skipped {len(skipped)} that are no photos: {', '.join(skipped)[:200]}")
+    if paths and not photos:
+        raise UserError(f"--images {paths[0].absolute()} holds no photo that can be read.")
+    return photos
+
+
+def starred(results):
+    """Names of the layers, with a star where a run regularised them."""
+    regularised = {layer for result in results.values() for layer in result["regularised"]}
+    return [layer + "*" * (layer in regularised) for layer in next(iter(results.values()))["layers"]]
+
 
 def print_table(results):
     """Layer by layer, both measures, checkpoints side by side, with differences from the first."""
-    print(f"\n{'':24}" + "".join(f"{label[-30:]:>34}" for label in results))
-    print(f"{'layer':12}units  bins " + f"{'selectivity':>17}{'assigned':>17}" * len(results))
-    for layer, base in next(iter(results.values()))["layers"].items():
-        line = f"{layer:12}{base['units']:>5} {base['bins_used']:>2}/{base['bins']:<2} "
-        for own in (result["layers"][layer] for result in results.values()):
-            for key in MEASURES:
-                change = "" if own is base else f" ({own[key] - base[key]:+.3f})"
-                line += f"{own[key]:8.3f}{change:9}"
+    first, *others = results.values()
+    print(f"\n{'':22}" + "".join(f"{label[-30:]:>34}" for label in results))
+    print(f"{'layer':12}units  bins" + f"{'selectivity':>17}{'assigned':>17}" * len(results))
+    for name, (layer, base) in zip(starred(results), first["layers"].items()):
+        line = f"{name:12}{base['units']:>5} {base['bins_used']:>2}/{base['bins']:<2}"
+        line += "".join(f"{base[key]:8.3f}{'':9}" for key in MEASURES)
+        line += "".join(f"{x['layers'][layer][key]:8.3f} ({x['layers'][layer][key] - base[key]:+.3f})"
+                        for x in others for key in MEASURES)
         print(line)
-    for label, result in results.items():
-        print(f"{label} | {data.line({k: x for k, x in result.items() if isinstance(x, float)})}")
 
-def parse_args(argv=None, known=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for label, result in results.items():
+        floats = {key: value for key, value in result.items() if isinstance(value, float)}
+        dead = sum(layer["dead"] for layer in result["layers"].values())
+        print(f"{label} | {data.log_line(floats)} | dead units {dead}")
+        layers = [layer for layer in result["regularised"] if layer in result["layers"]]
+        if layers:
+            before, after = (np.mean([x["layers"][layer]["selectivity"] for layer in layers])
+                             for x in (first, result))
+            print(f"  regularised layers ({', '.join(layers)}): {before:.3f} -> {after:.3f}; RMSE "
+                  f"{first['rmse_m']:.3f} -> {result['rmse_m']:.3f} m")
+
+
+def parse_args(argv=None):
+    p = data.new_parser(__doc__.splitlines()[0])
     p.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", default=[],
                    help="ours, the notebook's or METER's; several are compared; none: newest run's")
+    # the frames and layers
     data.add_source_arguments(p)
     p.add_argument("--split", choices=["train", "val", "test"], default="test", help="the frames")
     p.add_argument("--limit", type=data.number(int, 1), help="that many, evenly spaced")
-    p.add_argument("--layers", nargs="+", choices=meter.LAYERS, default=list(meter.LAYERS),
-                   metavar="LAYER", help="to look at")
-    p.add_argument("--notebook", action="store_true", help="the notebook's bins, up to 3.92 m")
-    p.add_argument("--viz", action="store_true", help="draw units, maps, overview and activations")
-    p.add_argument("--ablate", nargs="?", const="zero", choices=["zero", "mean"],
-                   help="switch units off in order of selectivity: to zero, or to the unit's mean")
-    p.add_argument("--correct", action="store_true", help="correct units one by one by true depth")
+    p.add_argument("--batch-size", type=data.number(int, 1),
+                   help="images at a time, which changes no result: 8, on a GPU 128")
+    p.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), metavar="LAYER",
+                   help="to look at")
+    p.add_argument("--notebook", action="store_true",
+                   help="the notebook's bins, up to 3.92 m; --min-share 0 unless given")
+    # what to do beside measuring
+    p.add_argument("--viz", action="store_true", help="draw units, overview and activations")
+    p.add_argument("--ablate", action="store_true", help="switch units off, by selectivity")
     p.add_argument("--images", nargs="+", type=Path, default=[], metavar="PATH",
                    help="photos or folders: cut to 4:3, resized; scale as of a Kinect (63 degrees)")
     p.add_argument("--out", type=Path, default=Path("runs/dissect"), help="folder for the results")
-    return p.parse_args(argv, known)
+    if p.parse_args(argv).notebook:
+        p.set_defaults(min_share=0.0)
+    args = p.parse_args(argv)
+    args.given = data.given_flags(argv)
+    return args
+
+
+def load_all(paths):
+    """{label: (path, model, content)}: the run's name, or the file's."""
+    loaded = {}
+    for path in paths:
+        label = path.resolve().parent.name if path.stem in ("best", "last") else path.stem
+        if label in loaded:
+            label = str(path).replace("/", "_")
+        loaded[label] = path, *load_checkpoint(path)
+    return loaded
+
+
+def choose_source(args, loaded, device):
+    """The frames that the flags ask for, or else those of the first run among the checkpoints."""
+    configs = [content["config"] for _, _, content in loaded.values() if "config" in content]
+    asked = {"data": args.data, "rooms": args.rooms, "raw_depth": args.raw_depth}
+    if configs and not args.given & {"--data", "--rooms"}:
+        asked = {key: configs[0].get(key) or asked[key] for key in asked}
+    return data.open_source(**asked, device=device)
+
 
 def main(argv=None):
+    """Dissects; returns {label: what dissect.json holds of that checkpoint}."""
     args = parse_args(argv)
+    torch.backends.cudnn.allow_tf32 = False  # a GPU's default is less than fp32
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     newest = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)[-1:]
     if not args.checkpoints and not newest:
-        sys.exit("error: no runs/*/best.pt: run `python train.py` first, or name a checkpoint.")
-    torch.backends.cudnn.allow_tf32 = False            # a GPU's default is less than fp32
-    data.check_folder(args.out)
-    photos = [read_photo(file) for path in args.images                     # no .DS_Store
-              for file in sorted(path.glob("[!.]*")) or [path]]
-    device, loaded = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
-    for path in args.checkpoints or newest:
-        label = path.resolve().parent.name if path.stem in ("best", "last") else path.stem
-        label = str(path).replace("/", "_") if label in loaded else label
-        loaded[label] = path, *meter.load_checkpoint(path)
-    runs = [x.get("config", {}) for *_, x in loaded.values()][::-1]        # the first one decides,
-    known = {key: x[key] for x in runs for key in ("data", "raw_depth", "rooms") if x.get(key)}
-    args = parse_args(argv, argparse.Namespace(**known))                   # where flags do not
-    source = data.open_source(args.data, args.raw_depth, args.rooms, device)
-    frames = data.Frames(source, args.split, device, args.feed, limit=args.limit)
-    data.stop_on_faults(source)
-    results, rows, ablation, correction = {}, [], [], []
-    for label, (path, model, _) in loaded.items():
-        model.to(device, memory_format=torch.channels_last).eval()
-        metrics, units = measure(model, frames, args.layers, args.notebook, args.batch_size)
-        layers = {}
-        for layer, r in units.items():
-            layers[layer] = {key: r[key].mean().item() for key in MEASURES} | {
-                "units": len(r["signed"]), "bins": len(r["count"]),
-                "bins_used": int((r["count"] > 0).sum())}
-            rows += [{"checkpoint": str(path), "layer": layer, **dict(zip(COLUMNS, values))}
-                     for values in zip(*(r[key].tolist() for key in COLUMNS))]
-            if args.viz:
-                draw_layer(f"{label}, {layer}", r, args.out / f"{label}_{layer}")
-            if args.ablate:
-                ablation += [{"checkpoint": label, **row} for row in
-                             ablate(model, frames, layer, r, args.ablate, args.batch_size)]
-            show = data.progress(f"correct {layer}", len(r["unit"]) * len(frames))
-            for k, response in enumerate(r["signed"].float().to(device) if args.correct else ()):
-                change = layer, give_mean(k, response, r["edges"].to(device))
-                error = measure(model, frames, [], False, args.batch_size, change)[0]["rmse_m"]
-                correction.append({"checkpoint": label, "layer": layer, "unit": k, "rmse_m": error,
-                                   "change_m": error - metrics["rmse_m"]})
-                show((k + 1) * len(frames))
+        raise UserError("no runs/*/best.pt: run `python train.py` first, or name a checkpoint.")
+    loaded = load_all(args.checkpoints or newest)
+    photos = read_photos(args.images)
+    with data.sole_writer(args.out):
+        source = choose_source(args, loaded, device)
+        frames = data.Frames(source, args.split, device, limit=args.limit)
+        data.stop_on_faults(source)
+        if (args.out / "dissect.json").exists():  # of another run of dissect.py
+            for path in itertools.chain(*map(args.out.glob, OUTPUTS)):
+                path.unlink()
+        return dissect(args, loaded, frames, photos)
+
+
+def dissect(args, loaded, frames, photos):
+    gpu = frames.device.type == "cuda"
+    batch_size = args.batch_size or (128 if gpu else 8)
+    results, tables = {}, {"units.csv": [], "ablation.csv": []}
+    for label, (path, model, content) in loaded.items():
+        model.to(frames.device, memory_format=torch.channels_last).eval()
+        metrics, units = measure(
+            model, frames, args.layers, args.notebook, batch_size, args.min_share)
+        config = content.get("config", {})
+        regularised = config["layers"] if config.get("neuron_selective") else []
+        layers = {layer: summary(r) for layer, r in units.items()}
         results[label] = {
-            "checkpoint": str(path), "binning": "notebook" if args.notebook else "metres",
-            "split": args.split, "images": len(frames), **metrics, "layers": layers,
-            "mean_selectivity": np.mean([x["selectivity"] for x in layers.values()]).item()}
-        if args.viz or photos:
-            chosen, best = choose_units(model, frames, units)
-            pages = {"activations": frames.fetch(best)} if args.viz else {}
-            for n in range(0, len(photos), 3):
-                pages[f"photos_{n // 3 + 1}"] = torch.stack(photos[n:n + 3]).to(device), None
-            for page, content in pages.items():
-                draw_activations(model, *content, units, chosen, args.out / f"{label}_{page}.png")
+            "checkpoint": str(path),
+            "binning": "notebook" if args.notebook else "metres",
+            "min_share": args.min_share,
+            "split": args.split,
+            "images": len(frames),
+            "regularised": regularised,
+            **metrics,
+            "layers": layers,
+            "mean_selectivity": np.mean([x["selectivity"] for x in layers.values()]).item(),
+        }
+
+        for layer, r in progress(units.items(), f"{label}: layers", len(units)):
+            found = {"units.csv": [dict(zip(COLUMNS, values)) for values in
+                                   zip(*(r[key].tolist() for key in COLUMNS))]}
+            if args.ablate:
+                found["ablation.csv"] = ablate(model, frames, layer, r, batch_size)
+            for name, rows in found.items():
+                tables[name] += [{"checkpoint": label, "layer": layer, **row} for row in rows]
+            if args.viz:
+                draw_units(f"{label}, {layer}", r, args.out / f"{label}_{layer}_units.png")
+        if not args.viz and not photos:
+            continue
+
+        # Pages: frames or up to three photos, and the units that follow depth best.
+        shown = {layer: r for layer, r in units.items() if layer in regularised} or units
+        chosen, best = choose_units(model, frames, shown)
+        if not chosen:
+            print(f"{label}: no unit of {', '.join(shown)} follows depth with a correlation of .3")
+        pages = {"activations": (*frames.fetch(best), chosen)} if args.viz else {}
+        images = [photo.to(frames.device) for photo in photos.values()]
+        for n in range(0, len(images), 3):
+            pages[f"photos_{n // 3 + 1}"] = torch.stack(images[n:n + 3]), None, chosen
+        for name, image in zip(photos, images):
+            pages[f"{name}_depth"] = image[None], None, []
+        for page, (image, depth, chosen) in pages.items():
+            draw_activations(model, image, depth, units, chosen, args.out / f"{label}_{page}.png")
+
     print_table(results)
-    data.write_csv(args.out / "units.csv", rows)
-    every = list(results.values())
-    data.write_json(args.out / "dissect.json", every if len(every) > 1 else every[0])
+    for name, rows in tables.items():
+        if rows:
+            write_csv(args.out / name, rows)
+    data.write_json(args.out / "dissect.json", results)
     if args.viz:
         draw_overview(results, args.out / "overview.png")
     if args.ablate:
-        data.write_csv(args.out / "ablation.csv", ablation)
-        draw_ablation(ablation, args.out / "ablation.png")
-    if args.correct:
-        data.write_csv(args.out / "correction.csv", correction)
-        best = sorted(correction, key=lambda row: row["change_m"])[:10]
-        print("\nthe units whose correction lowers RMSE most:", *map(data.line, best), sep="\n")
-    print(f"written to {args.out.resolve()}")
+        draw_ablation(tables["ablation.csv"], args.out / "ablation.png")
+    print(f"written to {args.out.absolute()}")
+    return results
+
+
+def summary(r):
+    """A layer of dissect.json."""
+    alive = ~r["dead"]
+    obey = (r["peak_bin"] - r["assigned_bin"])[alive].abs() <= 1
+    return {
+        **{key: r[key].mean().item() for key in MEASURES},
+        "units": len(alive),
+        "dead": r["dead"].sum().item(),
+        "obey": obey.sum().item(),  # units whose peak is in or beside their assigned bin
+        "bins": len(r["counted"]),
+        "bins_used": r["counted"].sum().item(),
+    }
+
 
 if __name__ == "__main__":
-    main()
+    data.run_command(main, CheckpointError)

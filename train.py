@@ -1,6 +1,6 @@
 """Train METER on NYU Depth V2 or synthetic rooms, with or without the selectivity regulariser.
 
-    python train.py                                          # synthetic rooms, no download
+    python train.py                                                  # synthetic rooms, no download
     python train.py --data nyu.h5 --neuron-selective --alpha -0.1    # NYU; units pulled to a depth
 
 Writes settings, log, checkpoints, figures and test metrics to runs/baseline or runs/selective.
@@ -9,301 +9,559 @@ The regulariser (You et al. 2021) rewards units that answer to one range of dept
     loss = balanced + alpha * selectivity * balanced.detach()
 METER's loss is some hundreds, theirs about 1: just added, as with --notebook, -0.1 would pull a
 thousandth as hard. So alpha is relative; it grows from 0 in a tenth of the run.
+
+Sizes: B batch, C channels (units), h w depth map.
 """
 import argparse
-import contextlib
 import copy
 import io
-import math
-import signal
-import sys
 import time
 import warnings
+from math import ceil, cos, inf, isfinite, nan, pi
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 import data
-import model as meter
+from data import UserError, depth_metrics, log_line, normalise, number, show_picture
+from model import (
+    CENTIMETRES,
+    GREY_LEVELS,
+    LAYERS,
+    METER,
+    VARIANTS,
+    CheckpointError,
+    assigned_selectivity,
+    layer_thresholds,
+    load_checkpoint,
+    notebook_depth,
+    record,
+)
 
-NOTEBOOK = {"epochs": 20, "batch_size": 64, "lr": 1e-4, "schedule": "constant", "amp": "off",
-            "augment": False}
+NOTEBOOK = {  # what --notebook changes of the flags' defaults
+    "epochs": 20,
+    "batch_size": 64,
+    "lr": 1e-4,
+    "schedule": "constant",
+    "amp": "off",
+    "augment": False,
+    "min_share": 0.0,
+}
+TERMS = "loss", "loss_depth", "loss_ssim", "loss_normal", "loss_grad"
+PLACES = {"data", "rooms", "raw_depth", "out", "resume", "graph"}  # flags that may change on resume
+DRAW_EVERY = 20  # seconds: drawing takes longer than a short epoch on a GPU
 
-def loss_terms(prediction, depth, units_per_metre=meter.CENTIMETRES):
-    """The four terms of METER's balanced loss as released, a dict of scalars.
-    prediction, depth (B, 1, h, w) metres, 0 = missing; the loss is taken in `units_per_metre`. The
-    paper multiplies the gradient term by 0.5, the release divides by it: we divide. Missing pixels
-    and all that a Sobel or SSIM window draws from them are left out of the means."""
-    p, d = prediction * units_per_metre, depth * units_per_metre              # (B, 1, h, w)
+
+# METER's balanced loss (Papa et al., as released). In the release's units, centimetres.
+
+def mean_without(missing, x, window, padding=0):
+    """Mean of a map over the cells whose window, of so many pixels, holds no missing pixel."""
+    valid = 1 - F.max_pool2d(missing, window, stride=1, padding=padding)
+    return (x * valid).sum() / valid.sum().clamp(min=1)
+
+
+def slopes(x):
+    """Sobel slopes of a map (B, 1, h, w) along x and y: (B, 2, h, w)."""
+    offset = torch.arange(-1.0, 2.0, device=x.device)
+    kernel = torch.outer(2 - offset.abs(), -offset)  # 1 0 -1, 2 0 -2, 1 0 -1
+    return F.conv2d(x, torch.stack([kernel, kernel.T])[:, None], padding=1)
+
+
+def normal_cosine(slope_p, slope_d):
+    """Cosine between the normals (-x, -y, 1) of two surfaces with these slopes: (B, 1, h, w)."""
+    def dot(a, b):
+        return (a * b).sum(1, keepdim=True) + 1
+
+    return dot(slope_p, slope_d) / (dot(slope_p, slope_p).sqrt() * dot(slope_d, slope_d).sqrt())
+
+
+def ssim(p, d):
+    """Structural similarity of two maps (B, 1, h, w) in windows of 11 x 11: (B, 1, h-10, w-10)."""
+    offset = torch.arange(-5.0, 6.0, device=p.device)
+    gauss = torch.softmax(-offset ** 2 / (2 * 1.5 ** 2), 0).expand(5, 1, 1, 11)
+    maps = torch.cat([p, d, p * p, d * d, p * d], 1)
+    maps = F.conv2d(F.conv2d(maps, gauss, groups=5), gauss.mT, groups=5)
+    mean_p, mean_d, mean_pp, mean_dd, mean_pd = maps.split(1, 1)
+
+    variance_p = mean_pp - mean_p ** 2
+    variance_d = mean_dd - mean_d ** 2
+    covariance = mean_pd - mean_p * mean_d
+    c1, c2 = (0.01 * 1000) ** 2, (0.03 * 1000) ** 2  # for a range of 1000: 10 m in centimetres
+    return ((2 * mean_p * mean_d + c1) * (2 * covariance + c2)
+            / ((mean_p ** 2 + mean_d ** 2 + c1) * (variance_p + variance_d + c2)))
+
+
+def loss_terms(prediction, depth, units_per_metre=CENTIMETRES):
+    """The four terms of the balanced loss: a dict of scalars.
+
+    prediction, depth (B, 1, h, w) metres, 0 = missing; the loss is taken in `units_per_metre`.
+    Missing pixels, and all that a Sobel or SSIM window draws from them, are left out of the means.
+    The paper multiplies the gradient term by 0.5, the release divides by it: we divide.
+    """
+    p, d = prediction * units_per_metre, depth * units_per_metre
     missing = (depth <= 0).float()
-    def mean(x, window, padding=0):
-        valid = 1 - F.max_pool2d(missing, window, 1, padding)
-        return (x * valid).sum() / valid.sum().clamp(min=1)
-    sobel = data.constant(((1, 0, -1), (2, 0, -2), (1, 0, -1)), p.device)
-    sobel = torch.stack([sobel, sobel.T])[:, None]                            # (2, 1, 3, 3)
-    slope_p, slope_d = (F.conv2d(x, sobel, padding=1) for x in (p, d))        # (B, 2, h, w)
-    dot, square_p, square_d = ((a * b).sum(1, keepdim=True) + 1 for a, b in (
-        (slope_p, slope_d), (slope_p, slope_p), (slope_d, slope_d)))          # normals (-x, -y, 1)
-    cosine = dot / (square_p.sqrt() * square_d.sqrt())
-    # SSIM: Gauss windows of sigma 1.5, constants for a range of 1000, which is 10 m in centimetres.
-    gauss = torch.softmax(-torch.arange(-5.0, 6.0, device=p.device) ** 2 / (2 * 1.5 ** 2), 0)
-    maps, gauss = torch.cat([p, d, p * p, d * d, p * d], 1), gauss.expand(5, 1, 1, 11)
-    maps = F.conv2d(F.conv2d(maps, gauss, groups=5), gauss.mT, groups=5)      # (B, 5, h-10, w-10)
-    mean_p, mean_d, pp, dd, pd = maps.chunk(5, 1)                             # (B, 1, h-10, w-10)
-    c1, c2 = (0.01 * 1000) ** 2, (0.03 * 1000) ** 2
-    ssim = ((2 * mean_p * mean_d + c1) * (2 * (pd - mean_p * mean_d) + c2)
-            / ((mean_p ** 2 + mean_d ** 2 + c1) * (pp - mean_p ** 2 + dd - mean_d ** 2 + c2)))
-    return {"loss_depth": mean((p - d).abs(), 1),
-            "loss_ssim": 100 * (1 - mean(ssim, 11)),
-            "loss_normal": 100 * mean((1 - cosine).abs(), 3, padding=1),
-            "loss_grad": mean((slope_p - slope_d).abs().sum(1, keepdim=True), 3, padding=1) / 0.5}
+    slope_p, slope_d = slopes(p), slopes(d)
+    steepness = (slope_p - slope_d).abs().sum(1, keepdim=True)
+    tilt = (1 - normal_cosine(slope_p, slope_d)).abs()
+    return {
+        "loss_depth": mean_without(missing, (p - d).abs(), 1),
+        "loss_ssim": 100 * (1 - mean_without(missing, ssim(p, d), 11)),
+        "loss_normal": 100 * mean_without(missing, tilt, 3, padding=1),
+        "loss_grad": mean_without(missing, steepness, 3, padding=1) / 0.5,
+    }
 
-def balanced_loss(prediction, depth, units_per_metre=meter.CENTIMETRES):
-    """METER's loss (Papa et al., as released): scalar; arguments as in loss_terms."""
+
+def balanced_loss(prediction, depth, units_per_metre=CENTIMETRES):
+    """METER's loss: scalar; arguments as in loss_terms."""
     return sum(loss_terms(prediction, depth, units_per_metre).values())
 
+
 def objective(prediction, depth, features, alpha, notebook=False, min_share=0.0):
-    """What training minimises, and its terms: a dict of scalars; features: name -> (B, C, h, w)."""
-    terms = loss_terms(prediction, depth, meter.GREY_LEVELS if notebook else meter.CENTIMETRES)
-    balanced, binned = sum(terms.values()), meter.notebook_depth(depth) if notebook else depth
-    scores = {f"selectivity_{name}": meter.assigned_selectivity(
-        x, binned, meter.layer_thresholds(x.shape[1], notebook, x.device), min_share)
-        for name, x in features.items()}
+    """What training minimises, and its terms: a dict of scalars.
+
+    prediction, depth (B, 1, h, w) metres; features: the recorded activations (B, C, h, w) of each
+    regularised layer; alpha: float or scalar, negative. You et al. add alpha * selectivity to a loss
+    of about 1; here it is relative to the loss, as METER's is some hundreds. notebook: its units,
+    its bins, and alpha just added.
+    """
+    terms = loss_terms(prediction, depth, GREY_LEVELS if notebook else CENTIMETRES)
+    balanced = sum(terms.values())
+
+    binned = notebook_depth(depth) if notebook else depth
+    scores = {}
+    for name, x in features.items():
+        thresholds = layer_thresholds(x.shape[1], notebook, x.device)
+        scores[f"selectivity_{name}"] = assigned_selectivity(x, binned, thresholds, min_share)
+
     pull = alpha * sum(scores.values())
-    return {"loss": balanced + (pull if notebook else balanced.detach() * pull), **terms, **scores}
+    if not notebook:
+        pull = pull * balanced.detach()
+    return {"loss": balanced + pull, **terms, **scores}
+
+
+# The recipe.
 
 def mixed_precision(amp, device):
-    """What --amp means on this device: its name, an autocast and a GradScaler; sets the backends."""
+    """What --amp means on this device: its name, autocast and GradScaler. Sets the backends."""
     gpu = device.type == "cuda"
+    if amp == "auto" and not gpu:
+        amp = "off"
+    elif amp == "auto":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if amp == "fp16" and not gpu:
-        sys.exit("error: --amp fp16 needs a GPU; a CPU has --amp off and --amp bf16.")
-    half = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    amp = amp if amp != "auto" else "bf16" if half else "fp16" if gpu else "off"
-    torch.set_float32_matmul_precision("high")         # TF32 on a GPU, for what stays fp32
-    torch.backends.cudnn.allow_tf32 = False            # the loss squares centimetres
-    torch.backends.cudnn.deterministic = True          # same seed, same machine, same result
-    torch.backends.cuda.enable_flash_sdp(gpu or amp == "off")      # a CPU's fused attention takes
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)   # 2 to 4 times as long in bf16
-    autocast = torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16,
-                              enabled=amp != "off")
-    return amp, autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        raise UserError("--amp fp16 needs a GPU; a CPU has --amp off and --amp bf16.")
+
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what stays fp32,
+    torch.backends.cudnn.allow_tf32 = False     # but not for the loss, which squares centimetres
+    torch.backends.cudnn.deterministic = True   # same seed, same machine, same result
+    # A CPU's fused attention takes 2 to 4 times as long in bf16 as the plain one.
+    torch.backends.cuda.enable_flash_sdp(gpu or amp == "off")
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+
+    half = torch.float16 if amp == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, half, enabled=amp != "off")
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    return amp, autocast, scaler
+
 
 def learning_rate(epoch, epochs, peak, schedule):
     """epoch counts in fractions. cosine: 5 % warm-up, then down to 0. step: METER's. constant."""
+    if schedule == "constant":
+        return peak
+    if schedule == "step":
+        return peak * 0.1 ** (epoch // 20)
     done = epoch / epochs
-    cosine = min((done + 1e-3) / 0.05, 0.5 + 0.5 * math.cos(math.pi * max(done - 0.05, 0) / 0.95))
-    return peak * {"cosine": cosine, "step": 0.1 ** (epoch // 20), "constant": 1}[schedule]
+    warm_up = (done + 1e-3) / 0.05
+    cosine = 0.5 + 0.5 * cos(pi * max(done - 0.05, 0) / 0.95)
+    return peak * min(warm_up, cosine)
 
-def evaluate(model, frames, batch_size, layers=(), alpha=0.0, notebook=False, min_share=0.0):
-    """Means over a split: the usual metrics per image, the objective per batch as `val_loss`."""
+
+def step_rates(args, epoch, steps):
+    """Learning rate, alpha, and weight in the moving average, of an epoch's steps: (steps, 3)."""
+    rates = []
+    for step in range(epoch * steps, (epoch + 1) * steps):
+        done = step / steps  # epochs
+        rate = learning_rate(done, args.epochs, args.lr, args.schedule)
+        growth = min(1, 10 * done / args.epochs)  # regularised at once, a run ends up worse
+        weight = max(0.01, 9 / (9 + step))        # a plain mean at first, then over some 100 steps
+        if args.notebook:
+            growth, weight = 1, 1
+        rates.append((rate, args.alpha * growth, weight))
+    return torch.tensor(rates, dtype=torch.float64)
+
+
+def make_step(model, average, optimizer, scaler, autocast, args, mirror_shift=1):
+    """The training step, as a function of tensors alone."""
+    layers = args.layers if args.neuron_selective else []
+    step_objective = torch.compile(objective, dynamic=False) if args.compile else objective
+    pairs = zip(average.state_dict().values(), model.state_dict().values())
+    pairs = [(mean, x) for mean, x in pairs if x.is_floating_point()]
+
+    def step(image, depth, draws, rates):
+        """Trains on a batch; returns all terms of its loss, (terms,), which stay on the device.
+
+        image (B, 3, 192, 256) uint8; depth (B, 1, 48, 64) metres; draws (B, 11 or 15), see
+        `augment`; rates (3,), a row of `step_rates`.
+        """
+        rate, alpha, weight = rates
+        optimizer.param_groups[0]["lr"].copy_(rate)
+
+        image = image / 255
+        if args.augment:
+            image, depth = data.augment(image, depth, draws, args.zoom, mirror_shift)
+        with autocast, record(model, layers) as features:
+            prediction = model(normalise(image))  # (B, 1, 48, 64) metres
+        terms = step_objective(
+            prediction, depth, features, alpha.float(), args.notebook, args.min_share)
+
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(terms["loss"]).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        with torch.no_grad():
+            for mean, x in pairs:
+                mean.lerp_(x, weight.float())
+        return torch.stack(list(terms.values())).detach()
+
+    return step
+
+
+def recorded(step):
+    """The same step as CUDA graphs, one for each batch size: recorded once, then replayed.
+
+    A GPU gets all kernels of a step at once, and need not wait until Python has launched each. They
+    work in the memory in which they were recorded, so what is new in a step is copied there. The
+    first step of a size runs as it is: it finds memory and kernels, which cannot be recorded.
+    """
+    graphs = {}
+    pool = torch.cuda.graph_pool_handle()
+
+    def call(*inputs):
+        size = len(inputs[0])
+        if size not in graphs:
+            graphs[size] = None
+            return step(*inputs)
+
+        if graphs[size] is None:
+            fixed = [x.clone() for x in inputs]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                output = step(*fixed)
+            graphs[size] = graph, fixed, output
+
+        graph, fixed, output = graphs[size]
+        for x, new in zip(fixed, inputs):
+            x.copy_(new)
+        graph.replay()
+        return output.clone()
+
+    return call
+
+
+@torch.no_grad()
+def evaluate(model, frames, args):
+    """Means over a split: the usual metrics per image, and METER's loss per batch as `val_loss`.
+
+    With --notebook also the objective, regulariser included, by which it chooses its best epoch.
+    """
     model.eval()
-    rows = []
-    for _, image, depth in frames.batches(batch_size):
-        with torch.no_grad(), meter.record(model, layers) as features:
-            prediction = model(data.normalise(image / 255))                   # (B, 1, h, w) metres
-            loss = objective(prediction, depth, features, alpha, notebook, min_share)["loss"]
-        rows.append(data.depth_metrics(prediction, depth) | {"val_loss": loss[None]})
-    return {key: torch.cat([row[key] for row in rows]).nanmean().item() for key in rows[0]}
+    layers = args.layers if args.notebook and args.neuron_selective else []
+    gpu = frames.device.type == "cuda" and not args.notebook
 
-def draw_curves(rows, path):
-    """Loss, RMSE and the selectivity of the regularised layers over the epochs."""
-    panels = {"loss (lower is better)": ["loss", "val_loss"], "RMSE on val, metres": ["rmse_m"]}
-    if scores := [key for key in rows[0] if key.startswith("selectivity")]:
-        panels["selectivity in training"] = scores
-    figure = Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
-    for axis, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
-        values = [[row[key] for key in keys] for row in rows]                 # a curve a column
-        axis.plot([row["epoch"] for row in rows], values, ".-", label=keys)
+    rows = []
+    for image, depth in frames.batches(max(args.batch_size, 256 * gpu)):
+        with record(model, layers) as features:
+            prediction = model(normalise(image / 255))  # (B, 1, h, w) metres
+        terms = objective(prediction, depth, features, args.alpha, args.notebook, args.min_share)
+        row = depth_metrics(prediction, depth)
+        row["val_loss"] = sum(terms[key] for key in TERMS[1:])[None]
+        if args.notebook:
+            row["val_objective"] = terms["loss"][None]
+        rows.append(row)
+    return data.mean_metrics(rows)
+
+
+# Figures.
+
+def constant_rmse(frames):
+    """RMSE in metres of an answer that looks at no image: the mean depth everywhere."""
+    depth = frames.depth[::ceil(len(frames) / 1000)]
+    constant = torch.full_like(depth, depth[depth > 0].mean())
+    return depth_metrics(constant, depth)["rmse_m"].nanmean().item()
+
+
+def draw_curves(rows, constant, path):
+    """Loss, RMSE and the selectivity of the regularised layers over the epochs: the figure."""
+    scores = [key for key in rows[0] if key.startswith("selectivity_")]
+    panels = {
+        "loss": ["loss", "val_loss"],
+        "RMSE on val, metres": ["rmse_m"],
+        "selectivity in training, -1 .. 1": scores,
+    }
+    figure = data.new_figure(13 if scores else 9, 3.6)
+    for axis, (title, keys) in zip(figure.subplots(1, 3 if scores else 2), panels.items()):
+        for key in keys:
+            axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], ".-", label=key)
+        later = [row[key] for row in rows[1:] or rows for key in keys]  # the first dwarfs the rest
+        axis.set_ylim(min(later) - 0.02 * abs(min(later)), max(later) + 0.02 * abs(max(later)))
+        if title.startswith("RMSE"):
+            axis.axhline(constant, ls="--", color="gray", label="mean depth everywhere")
         axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
-    data.write_figure(path, figure)
+    return data.write_figure(path, figure)
 
-def draw_predictions(model, splits, path):
-    """Two training and two validation frames: image, true depth, predicted depth, error."""
-    pairs = [frames.fetch(torch.tensor([0, len(frames) - 1])) for frames in splits]
-    image, depth = map(torch.cat, zip(*pairs))                 # (4, 3, 192, 256), (4, 1, 48, 64)
-    with torch.no_grad():
-        prediction = model(data.normalise(image / 255))
-    maps = [x.where(depth > 0, math.nan)[:, 0].cpu() for x in (depth, prediction)]
-    names, photos = 2 * ["training"] + 2 * ["validation"], image.permute(0, 2, 3, 1).cpu()
-    spans = [{"vmin": 0, "vmax": x.max().item()} for x in depth]
-    data.write_pictures(path, [
-        [(f"{name} image", photo, "", {}), ("true depth", true, "", span),
-         ("predicted depth", guess, "metres", span),
-         ("error (red: too near)", guess - true, "metres", {"vmin": -2, "vmax": 2, "cmap": "RdBu"})]
-        for name, photo, true, guess, span in zip(names, photos, *maps, spans)])
+
+@torch.no_grad()
+def draw_predictions(model, splits, title, path):
+    """The first and the last frame of each split: image, true and predicted depth, error."""
+    figure = data.new_figure(9.6, 7.8)
+    figure.suptitle(title)
+    axes = iter(figure.subplots(2 * len(splits), 4))
+    for name, frames in splits.items():
+        images, depths = frames.fetch(torch.tensor([0, len(frames) - 1]))
+        predictions = model(normalise(images / 255))
+        errors = depth_metrics(predictions, depths)["rmse_m"]
+        for image, depth, prediction, rmse, row in zip(images, depths, predictions, errors, axes):
+            true, guess = (x[0].where(depth[0] > 0, nan).cpu() for x in (depth, prediction))
+            span = {"vmin": 0, "vmax": depth.max().item()}
+            show_picture(row[0], image.permute(1, 2, 0).cpu(), f"{name} image")
+            show_picture(row[1], true, "true depth", **span)
+            show_picture(row[2], guess, "predicted depth", "metres", **span)
+            show_picture(row[3], guess - true, f"error (red: too near), RMSE {rmse:.2f} m",
+                         "metres", vmin=-2, vmax=2, cmap="RdBu")
+    return data.write_figure(path, figure)
+
+
+# The command.
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = data.new_parser(__doc__.splitlines()[0])
     data.add_source_arguments(p)
+    p.add_argument("--batch-size", type=number(int, 1), default=8, help="images a step")
+    # the regulariser
     p.add_argument("--neuron-selective", action="store_true", help="regularise units of --layers")
-    p.add_argument("--alpha", type=data.number(float, high=0), default=-0.1,
+    p.add_argument("--alpha", type=number(float, -1e3, 0), default=-0.1,
                    help="weight of selectivity relative to the loss: 0 none, -1 strong")
-    p.add_argument("--layers", nargs="+", choices=meter.LAYERS, default=["dec_3", "enc_4"],
-                   metavar="LAYER", help=f"to regularise, out of {', '.join(meter.LAYERS)}")
-    p.add_argument("--min-share", type=data.number(float, 0, 1), default=0.0, metavar="SHARE",
-                   help="leave out bins with no more than this share of a batch's pixels: .001")
-    p.add_argument("--variant", choices=meter.VARIANTS, default="xxs", help="size of METER")
+    p.add_argument("--layers", nargs="+", choices=LAYERS, default=["dec_3", "enc_4"],
+                   metavar="LAYER", help=f"to regularise, out of {', '.join(LAYERS)}")
+    # the network and its training
+    p.add_argument("--variant", choices=VARIANTS, default="xxs", help="size of METER")
     p.add_argument("--init", type=Path, help="checkpoint to start from, not random weights")
-    p.add_argument("--epochs", type=data.number(int, 1), default=12, help="passes over the split")
-    p.add_argument("--lr", type=data.number(float, 1e-9, 1), default=1e-3, help="AdamW's peak rate")
+    p.add_argument("--epochs", type=number(int, 1), default=12, help="passes over the split")
+    p.add_argument("--lr", type=number(float, 1e-9, 1), default=1e-3, help="AdamW's peak rate")
     p.add_argument("--schedule", choices=["cosine", "step", "constant"], default="cosine",
                    help="of --lr: warm-up and cosine to 0, METER's tenth every 20 epochs, or none")
-    p.add_argument("--weight-decay", type=data.number(float, 0, 1), default=0.01, help="AdamW's")
     p.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True,
                    help="mirror, shift colours and depth")
-    p.add_argument("--zoom", type=data.number(float, 1, 4), default=1, help="crop and enlarge: 1.5")
-    p.add_argument("--notebook", action="store_true", help="as the notebook: grey levels, its bins "
-                   f"and split, literal alpha; unless given, {data.line(NOTEBOOK)}")
-    p.add_argument("--seed", type=data.number(int, 0), default=0, help="of weights, order, augment")
+    p.add_argument("--zoom", type=number(float, 1, 4), default=1, help="crop and enlarge: 1.5")
+    p.add_argument("--notebook", action="store_true",
+                   help="as the notebook: grey levels, its bins and split, literal alpha; unless "
+                   f"given, {log_line(NOTEBOOK)}")
+    # the run
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0,
+                   help="of weights, order, augment")
     p.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
                    help="mixed precision; auto: bf16, or else fp16, on a GPU, off on a CPU")
     p.add_argument("--compile", action="store_true", help="torch.compile; slow to start")
+    p.add_argument("--graph", action=argparse.BooleanOptionalAction, default=True,
+                   help="on a GPU, record the step once as a CUDA graph and replay it")
     p.add_argument("--out", type=Path, help="run folder; default runs/baseline or runs/selective")
     p.add_argument("--resume", action="store_true", help="continue from last.pt in --out")
     if p.parse_args(argv).notebook:
         p.set_defaults(**NOTEBOOK)
     args = p.parse_args(argv)
-    args.layers = list(dict.fromkeys(args.layers))     # each once
+
+    given = data.given_flags(argv)
+    if not args.neuron_selective and given & {"--alpha", "--layers", "--min-share"}:
+        p.error("--alpha, --layers and --min-share do nothing without --neuron-selective")
+    if not args.augment and "--zoom" in given:
+        p.error("--zoom does nothing with --no-augment, and --notebook does not augment")
+    if args.data and args.rooms:
+        p.error("--rooms does nothing with --data")
+    args.layers = list(dict.fromkeys(args.layers))  # each once
     args.out = args.out or Path("runs", "selective" if args.neuron_selective else "baseline")
     return args
 
-def main(argv=None):
-    args = parse_args(argv)
-    config = {key: str(value) if isinstance(value, Path) else value
-              for key, value in vars(args).items() if key not in ("out", "resume", "feed")}
-    last, best, state = args.out / "last.pt", args.out / "best.pt", {}
-    torch.manual_seed(args.seed)
-    model = meter.METER(args.variant, meter.GREY_LEVELS if args.notebook else meter.CENTIMETRES)
+
+def start_or_resume(args, config):
+    """The network as training finds it, and what last.pt holds of an earlier part of the run."""
+    last = args.out / "last.pt"
     if args.resume and last.exists():
-        model, state = meter.load_checkpoint(last)
-        old, grows = state.get("config", {}), args.neuron_selective and not args.notebook
-        if args.schedule != "cosine" and not grows and args.epochs > old.get("epochs", 0):
-            old["epochs"] = args.epochs                # neither rate nor alpha was laid out for it
-        if differ := [f"{key} {old.get(key)}, not {config[key]}" for key in config
-                      if old.get(key) != config[key]]:
-            sys.exit(f"error: {last.resolve()} (schedule {old.get('schedule')}) has other "
-                     f"settings: {', '.join(differ)}. Give the same, or another --out.")
-    elif not args.resume and (args.out / "config.json").exists():
-        sys.exit(f"error: {args.out.resolve()} holds a run: --resume it, or choose another --out.")
-    elif args.init:
-        model, _ = meter.load_checkpoint(args.init)
+        try:
+            model, state = load_checkpoint(last)
+        except CheckpointError as error:
+            raise UserError(f"{error} To go on, copy best.pt over it, or start another run with "
+                            "--init best.pt.") from error
+        old = state.get("config", {})
+        differ = [f"{key} {old.get(key)}, not {value}"
+                  for key, value in config.items() if old.get(key) != value]
+        if differ:
+            raise UserError(f"{last.absolute()} has other settings: {', '.join(differ)}. Give the "
+                            "same, or another --out.")
+        return model, state
+
+    for name in ["last.pt", "best.pt"] + ["log.csv"] * args.resume:
+        if (args.out / name).exists():
+            raise UserError(f"{args.out.absolute()} holds a run ({name}): --resume goes on from its "
+                            "last.pt, or from a best.pt copied there; or choose another --out.")
+    if args.resume:
+        print(f"nothing to resume in {args.out.absolute()}: a new run.")
+    if args.init:
+        model, _ = load_checkpoint(args.init)
         if model.variant != args.variant:
-            sys.exit(f"error: --init {args.init} is METER {model.variant}, not {args.variant}.")
-    device = torch.device("cuda" if (gpu := torch.cuda.is_available()) else "cpu")
+            raise UserError(f"--init {args.init} is METER {model.variant}, not {args.variant}.")
+        return model, {}
+
+    torch.manual_seed(args.seed)
+    return METER(args.variant, GREY_LEVELS if args.notebook else CENTIMETRES), {}
+
+
+def check_compiler(device):
+    """UserError before any work if torch.compile cannot work here."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except Exception as error:  # noqa: BLE001  no compiler, no Triton, a Python too new for it
+        raise UserError(f"--compile does not work here: {str(error).strip()[:200]}") from error
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+
+
+def save_epoch(out, checkpoint):
+    """Writes last.pt and what follows from it: a run that was killed meanwhile does so again."""
+    buffer = io.BytesIO()  # torch.save itself says nothing useful of a full disk
+    torch.save(checkpoint, buffer)
+    names = ["last.pt"] + ["best.pt"] * (checkpoint["epoch"] == checkpoint["best_epoch"])
+    for name in names:
+        data.write(out / name, lambda file: file.write_bytes(buffer.getbuffer()))
+    data.write_csv(out / "log.csv", checkpoint["rows"])
+
+
+def stop_on_nan(history, names, epoch):
+    """UserError if a term of the loss was nan or infinite in some step: names the first."""
+    for step, values in enumerate(history.tolist(), 1):
+        broken = [name for name, value in zip(names, values) if not isfinite(value)]
+        if broken:
+            raise UserError(f"epoch {epoch + 1}, step {step}: {', '.join(broken[1:] or broken)} is "
+                            "nan or infinite: try a lower --lr or --amp off. last.pt is kept.")
+
+
+def main(argv=None):
+    """Trains; returns the metrics of best.pt on the test split."""
+    args = parse_args(argv)
+    with data.sole_writer(args.out):
+        return run(args)
+
+
+def run(args):
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
     amp, autocast, scaler = mixed_precision(args.amp, device)
-    model.to(device, memory_format=torch.channels_last)
-    average = copy.deepcopy(model).eval()              # over some 100 steps: what is judged, saved
-    means, current = ([x for x in network.state_dict().values() if x.is_floating_point()]
-                      for network in (average, model))
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
-    step_objective = torch.compile(objective, dynamic=False) if args.compile else objective
-    if args.compile:                                   # what we cache are constants
-        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-        model.compile(dynamic=False)
-    data.check_folder(args.out)
+    if args.compile:
+        check_compiler(device)
+    layers = args.layers if args.neuron_selective else []
+    names = [*TERMS, *(f"selectivity_{layer}" for layer in layers)]  # of the terms of the loss
+
+    # The settings. Those that say where things are may change when a run goes on.
+    config = {key: str(value) if isinstance(value, Path) else value
+              for key, value in vars(args).items()}
+    model, state = start_or_resume(args, {key: config[key] for key in config.keys() - PLACES})
     source = data.open_source(args.data, args.raw_depth, args.rooms, device)
-    splits = {split: data.Frames(source, split, device, args.feed, args.notebook)
+    config |= {"data": source.path and str(source.path), "rooms": source.rooms}
+    data.write_json(args.out / "config.json", config)
+
+    # The frames.
+    splits = {split: data.Frames(source, split, device, args.notebook)
               for split in ("train", "val", "test")}
     data.stop_on_faults(source)
-    train, layers = splits["train"], args.layers if args.neuron_selective else []
-    settings = args.batch_size, layers, args.alpha, args.notebook, args.min_share   # `evaluate`'s
+    train, val, test = splits.values()
+    if not 0.5 < train.median / test.median < 2:
+        print("warning: depth in train and test differs by a factor: is the scale the same?")
+    sums = {split: [len(frames), frames.checksum] for split, frames in splits.items()}
+    if state.get("frames", sums) != sums:
+        raise UserError(f"these are other frames than in {args.out.absolute()}: {sums}, not "
+                        f"{state['frames']} (their number, their checksum).")
     if len(train) < args.batch_size:
-        sys.exit(f"error: --batch-size {args.batch_size}: there are {len(train)} training images.")
-    steps = math.ceil(len(train) / args.batch_size)    # in an epoch
-    rows, best_score = state.get("rows", []), state.get("best_score", math.inf)
-    first_epoch, first_step = state.get("epoch", 0), state.get("step", 0)
-    history = torch.zeros(steps, 5 + len(layers), device=device)   # all terms of an epoch's steps
-    alpha = torch.zeros((), device=device)             # a tensor: `torch.compile` bakes floats in
+        raise UserError(f"--batch-size {args.batch_size}: there are {len(train)} training images.")
+
+    # The network, and the moving average of its weights, which is what is judged and saved.
+    model.to(device, memory_format=torch.channels_last)
+    average = copy.deepcopy(model).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True, capturable=gpu)
     if state:
         model.load_state_dict(state["training"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        history.copy_(state["history"])
-    data.write_json(args.out / "config.json", config)
-    print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, {'fp32' if amp == 'off' else amp} | "
-          f"METER {args.variant}, {sum(x.numel() for x in model.parameters()):,} parameters | "
-          f"{', '.join(f'{len(x):,} {split}' for split, x in splits.items())} images, fed from "
-          f"{train.feed} | alpha {args.alpha if layers else 0} | {args.out.resolve()}", flush=True)
-    def save(path, epoch, step=0):
-        content = {"model": average.state_dict(), "units_per_metre": model.units_per_metre,
-                   "config": config, "rows": rows, "best_score": best_score, "epoch": epoch,
-                   "step": step, "history": history, "training": model.state_dict(),
-                   "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        torch.save(content, buffer := io.BytesIO())    # of a full disk it says nothing useful
-        data.write(path, lambda file: file.write_bytes(buffer.getbuffer()))
-    stop = []                                          # Ctrl-C or SIGTERM; a second ends at once
-    with contextlib.ExitStack() as handlers:           # puts the former ones back
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers.callback(signal.signal, number, signal.signal(
-                number, lambda n, _: stop.append(signal.signal(n, signal.SIG_DFL))))
-        for epoch in range(first_epoch, args.epochs):
-            model.train()
-            rng = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
-            order = torch.randperm(len(train), generator=rng).to(train.where)
-            draws = torch.rand(len(train), data.DRAWS[args.zoom > 1], generator=rng).to(train.where)
-            show, start = data.progress(f"epoch {epoch + 1}", len(train)), time.monotonic()
-            batches = train.batches(args.batch_size, order, first_step)
-            for step, (frames, image, depth) in enumerate(batches, first_step):
-                image = image / 255                                        # (B, 3, 192, 256)
-                if args.augment:
-                    image, depth = data.augment(image, depth, draws[frames], args.zoom)
-                with autocast, meter.record(model, layers) as features:
-                    prediction = model(data.normalise(image))              # (B, 1, 48, 64) metres
-                done = epoch + step / steps                                # epochs
-                alpha.fill_(args.alpha * (1 if args.notebook else min(1, 10 * done / args.epochs)))
-                terms = step_objective(prediction, depth, features, alpha, *settings[3:])
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(terms["loss"]).backward()
-                rate = learning_rate(done, args.epochs, args.lr, args.schedule)
-                optimizer.param_groups[0]["lr"] = rate
-                scaler.step(optimizer)
-                scaler.update()
-                weight = 1 if args.notebook else max(0.01, 9 / (9 + done * steps))
-                torch._foreach_lerp_(means, current, weight)
-                history[step] = torch.stack(list(terms.values())).detach()  # .item() would wait
-                show(min((step + 1) * args.batch_size, len(train)))
-                if stop or (not gpu and not terms["loss"].isfinite()):
-                    break                              # a GPU would have to wait for this answer
-            for at, values in enumerate(history[:step + 1].tolist()):
-                if bad := [name for name, x in zip(terms, values) if not math.isfinite(x)]:
-                    sys.exit(f"error: epoch {epoch + 1}, step {at + 1}: {', '.join(bad[1:] or bad)}"
-                             " is nan or infinite: try a lower --lr or --amp off. last.pt is kept.")
-            if stop and step + 1 < steps:
-                save(last, epoch, step + 1)
-                sys.exit(f"stopped in epoch {epoch + 1} after step {step + 1}/{steps}: --resume.")
-            seconds, images = time.monotonic() - start, len(train) - first_step * args.batch_size
-            rows.append(row := {
-                "epoch": epoch + 1, **dict(zip(terms, history.mean(0).tolist())),
-                **evaluate(average, splits["val"], *settings), "lr": rate, "seconds": seconds,
-                "images_per_second": images / seconds})
-            print(data.line(row), flush=True)
-            score = row["val_loss" if args.notebook else "rmse_m"]
-            if not math.isfinite(score):
-                sys.exit(f"error: epoch {epoch + 1}: validation gives {score}: try a lower --lr.")
-            if score < best_score:
-                best_score = score
-                save(best, epoch + 1)
-            data.write_csv(args.out / "log.csv", rows)
-            draw_curves(rows, args.out / "curves.png")
-            draw_predictions(average, (train, splits["val"]), args.out / "predictions.png")
-            save(last, epoch + 1)
-            first_step = 0
-            if stop and epoch + 1 < args.epochs:
-                sys.exit(f"stopped after epoch {epoch + 1}: --resume continues there.")
-    model, test = meter.load_checkpoint(best)[0].to(device), splits["test"]
-    metrics = {"split": "test", "images": len(test), **evaluate(model, test, *settings)}
+        save_epoch(args.out, state)
+    optimizer.param_groups[0]["lr"] = torch.zeros(
+        (), device=device, dtype=torch.float32 if gpu else torch.float64)
+    if args.compile:
+        model.compile(dynamic=False)
+    step = make_step(model, average, optimizer, scaler, autocast, args, train.mirror_shift)
+    if gpu and args.graph:
+        step = recorded(step)
+
+    print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, amp {amp} | METER {args.variant}, "
+          f"{sum(x.numel() for x in model.parameters()):,} parameters | alpha "
+          f"{args.alpha if layers else 0} | {args.out.absolute()}", flush=True)
+    rows = state.get("rows", [])  # of log.csv, one for each epoch that is done
+    constant, drawn = constant_rmse(val), -inf
+    steps = ceil(len(train) / args.batch_size)
+
+    for epoch in range(len(rows), args.epochs):
+        # What an epoch draws depends on the seed and its number alone: resumed runs are the same.
+        rng = torch.Generator().manual_seed((args.seed * 100_003 + epoch) % 2**63)
+        order = torch.randperm(len(train), generator=rng)
+        draws = torch.rand(len(train), data.DRAWS[args.zoom > 1], generator=rng)[order].to(device)
+        rates = step_rates(args, epoch, steps).to(device)
+        start = time.monotonic()
+
+        model.train()
+        history = []  # on the device: .item() would make a GPU wait
+        batches = zip(train.batches(args.batch_size, order), draws.split(args.batch_size), rates)
+        batches = data.progress(batches, f"epoch {epoch + 1}", len(train), args.batch_size)
+        for (image, depth), draw, rate in batches:
+            history.append(step(image, depth, draw, rate))
+
+        history = torch.stack(history)
+        stop_on_nan(history, names, epoch)
+        seconds = time.monotonic() - start
+        row = {"epoch": epoch + 1, **dict(zip(names, history.mean(0).tolist()))}
+        if layers:
+            row["selectivity"] = history[:, len(TERMS):].mean().item()
+        row |= evaluate(average, val, args)
+        row |= {"lr": rates[-1, 0].item(), "seconds": seconds, "images/s": len(train) / seconds}
+        rows.append(row)
+        short = "epoch", "loss", "rmse_m", "delta1", "selectivity", "seconds", "images/s"
+        print(log_line({key: row[key] for key in short if key in row}), flush=True)
+
+        score = "val_objective" if args.notebook else "rmse_m"
+        save_epoch(args.out, {
+            "model": average.state_dict(),
+            "units_per_metre": model.units_per_metre,
+            "config": config,
+            "frames": sums,
+            "epoch": epoch + 1,
+            "best_epoch": min(rows, key=lambda row: row[score])["epoch"],
+            "rows": rows,
+            "training": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        })
+        if time.monotonic() - drawn > DRAW_EVERY or epoch + 1 == args.epochs:
+            draw_curves(rows, constant, args.out / "curves.png")
+            draw_predictions(average, {"training": train, "validation": val},
+                             f"{args.out.name}, epoch {epoch + 1}", args.out / "predictions.png")
+            drawn = time.monotonic()
+
+    best = args.out / "best.pt"
+    model, _ = load_checkpoint(best)
+    metrics = {"split": "test", "images": len(test), **evaluate(model.to(device), test, args)}
     data.write_json(args.out / "metrics.json", metrics)
-    print(f"best.pt | {data.line(metrics)}\nnext: python dissect.py {best} --viz")
+    print(f"best.pt | {log_line(metrics)}\nnext: python dissect.py {best} --viz")
+    return metrics
+
 
 if __name__ == "__main__":
-    try:
-        main()
-    except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is full: halve --batch-size.")
-    except KeyboardInterrupt:
-        sys.exit("stopped; what was saved stays.")
+    data.run_command(main, CheckpointError)
