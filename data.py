@@ -11,7 +11,7 @@ import argparse
 import base64
 import csv
 import functools
-import itertools
+import io
 import json
 import os
 import shutil
@@ -21,7 +21,8 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from math import ceil, isfinite, prod
+from itertools import permutations, product
+from math import ceil, isfinite
 from pathlib import Path
 
 import h5py
@@ -47,14 +48,13 @@ DEPTH_SIZE = 48, 64            # and of its output
 MEAN = 0.485, 0.456, 0.406     # ImageNet's, of RGB in 0..1
 STD = 0.229, 0.224, 0.225
 FORMS = {"image": ((*SIZE, 3), "u1"), "depth": ((1, *DEPTH_SIZE), "<f4")}  # of a packed frame
-DRAWS = 11, 15                 # random numbers that `augment` takes for a frame: plain, zoomed
+DRAWS = 11                     # random numbers that `augment` takes for a frame
 ROOMS = 400                    # synthetic rooms to train on, unless --rooms says otherwise
 KAGGLE_INPUT = Path("/kaggle/input")
-KAGGLE_NAMES = "nyu-depth-v2", "datasets/soumikrakshit/nyu-depth-v2"  # older, newer notebooks
+KAGGLE_NAME = "datasets/soumikrakshit/nyu-depth-v2"
 MIN_SHARE = 0.001              # of the pixels: depth bins with no more do not count
 POOLS = "train", "test"        # of frames, in each source
 PACKED = "METER frames, version 2"  # attribute `format` of a packed .h5
-COLOURS = "RGB", "RGBA", "P", "L", "LA"  # Pillow's modes of 8 bits
 HOW_TO_GET_NYU = "README, Data, tells how to get NYU Depth V2 (4.1 GB); then point --data to it."
 # The 654 official test frames among the 1,449 labelled ones, one bit each.
 TEST_BITS = (
@@ -67,17 +67,25 @@ TEST_BITS = (
 # Synthetic rooms: boxes in a box, seen by a camera like the Kinect of NYU Depth V2.
 
 FOCAL = SIZE[1] * 519 / 640    # pixels
+# Ranges, low and high, in metres; of `outwards` and `place` see `furnish`.
 FURNITURE = """
-cabinet  0.5 1.5   0.6  2.1   0.3  0.6    0    0     1    1
-sofa     1.3 2.2   0.4  0.8   0.8  1      0    0     0.6  1
-table    0.8 1.6   0.4  0.7   0.6  1      0    0     0.1  0.7
-stool    0.3 0.6   0.3  0.6   0.3  0.6    0    0     0.1  1
-lamp     0.2 0.5   1    1     0.2  0.5    1.8  2.1   0.1  0.7
-shelf    0.6 1.2   0.04 0.4   0.2  0.3    1.3  1.7   1    1
-picture  0.4 1.3   0.4  0.9   0.03 0.04   1.1  1.3   1    1
-"""  # ranges of width, height, depth, bottom in metres, and of the way to the wall
-# Ranges of brightness of floor, walls, ceiling, and each piece of furniture.
-BRIGHTNESS = [(0.1, 0.4), (0.3, 0.7), (0.6, 0.85)] + [(0.04, 0.6)] * 7
+# width   height     depth       bottom     outwards    place
+0.5 1.5   0.6  2.1   0.3  0.6    0    0     1    1     -2.2 2.2    # cabinet
+1.3 2.2   0.4  0.8   0.8  1      0    0     0.6  1     -2.2 2.2    # sofa
+0.8 1.6   0.4  0.7   0.6  1      0    0     0.1  0.7   -2.2 2.2    # table
+0.3 0.6   0.3  0.6   0.3  0.6    0    0     0.1  1     -2.2 2.2    # stool
+0.2 0.5   1    1     0.2  0.5    1.8  2.1   0.1  0.7   -2.2 2.2    # lamp
+0.6 1.2   0.04 0.4   0.2  0.3    1.3  1.7   1    1     -2.2 2.2    # shelf
+0.4 1.3   0.4  0.9   0.03 0.04   1.1  1.3   1    1     -2.2 2.2    # picture
+"""
+PAINT = """
+# gray     red       green     blue        contrast     tiles along x, y, z
+0.1  0.4   0.9 1.3   0.9 1.1   0.65 1.15   -0.3 0.25    0.07 1   0.07 1   0.07 1    # floor
+0.3  0.7   0.9 1.3   0.9 1.1   0.65 1.15   -0.3 0.25    0.07 1   0.07 1   0.07 1    # walls
+0.6  0.85  0.9 1.3   0.9 1.1   0.65 1.15   -0.3 0.25    0.07 1   0.07 1   0.07 1    # ceiling
+""" + 7 * """
+0.04 0.6   0.9 1.3   0.9 1.1   0.65 1.15   -0.3 0.25    0.07 1   0.07 1   0.07 1    # furniture
+"""
 
 
 def make_rooms(numbers, seed=0, device="cpu"):
@@ -88,15 +96,16 @@ def make_rooms(numbers, seed=0, device="cpu"):
     """
     rooms = [torch.Generator().manual_seed(seed * 10**6 + n) for n in numbers.tolist()]
 
-    def draw(*ranges):
-        """Numbers from each range: (B, ranges, 1); from lists of K ranges: (B, lists, K)."""
-        low, high = torch.tensor(ranges).view(len(ranges), -1, 2).unbind(2)
+    def draw(table):
+        """Numbers from the ranges (low, high) in each row of a table: (B, ranges, rows)."""
+        columns = torch.tensor(np.loadtxt(table.splitlines(), np.float32, ndmin=2).T)
+        low, high = columns[::2], columns[1::2]
         uniform = torch.stack([torch.rand(low.shape, generator=room) for room in rooms])
         return (low + (high - low) * uniform).to(device)
 
-    room = draw((1.2, 3.0), (1.2, 1.5), (1.4, 4.6))                       # (B, 3, 1), half its size
-    camera = draw((-0.4, 0.4), (-0.2, 0.15), (-0.9, 0.2)) * room
-    yaw, pitch = draw((-0.8, 0.8), (-0.1, 0.45)).split(1, 1)              # (B, 1, 1)
+    room = draw("1.2 3.0   1.2 1.5   1.4 4.6")                            # (B, 3, 1), half its size
+    camera = draw("-0.4 0.4   -0.2 0.15   -0.9 0.2") * room
+    yaw, pitch = draw("-0.8 0.8   -0.1 0.45").split(1, 1)                 # (B, 1, 1)
     half, center = furnish(room, draw)                                    # (B, 3, boxes)
     ray = camera_rays(yaw, pitch)                                         # (B, 3, pixels)
     depth, box = cast(ray, camera, half, center)                          # (B, 1, pixels)
@@ -108,46 +117,37 @@ def make_rooms(numbers, seed=0, device="cpu"):
 
 
 def furnish(room, draw):
-    """The room and its furniture as boxes."""
-    table = np.loadtxt(FURNITURE.splitlines(), usecols=range(1, 11)).reshape(7, 5, 2)
-    ranges = [*table.swapaxes(0, 1).tolist(), [(-2.2, 2.2)] * 7]
-    size, bottom, outwards, place = draw(*ranges).split([3, 1, 1, 1], 1)
-
+    """The room and its furniture as boxes: half and center, (B, 3, 8)."""
     # `place` goes along the left (-3 to -1), far (-1 to 1) and right wall (1 to 3); at the left and
-    # right one furniture is turned by 90 degrees.
+    # right one furniture is turned by 90 degrees. `outwards` is the share of the way to the wall.
+    size, bottom, outwards, place = draw(FURNITURE).split([3, 1, 1, 1], 1)
     half = size.where(place.abs() < 1, size.flip(1)) / 2
     along = torch.cat([place, 0 * place, 2 - place.abs()], 1).clamp(-1, 1)
     center = along * (room - half) * outwards
-    center[:, 1:2] = bottom + half[:, 1:2] - room[:, 1:2]
+    center[:, 1] = (bottom + half - room)[:, 1]
     return torch.cat([room, half], 2), torch.cat([0 * room, center], 2)
 
 
 def camera_rays(yaw, pitch):
     """Rays of length 1 along the optical axis, so that the way along them is z-depth."""
-    pixel = torch.arange(prod(SIZE), device=yaw.device)
-    x = (pixel % SIZE[1] - (SIZE[1] - 1) / 2) / FOCAL
-    y = ((SIZE[0] - 1) / 2 - pixel // SIZE[1]) / FOCAL
+    height, width = SIZE
+    pixel = torch.arange(height * width, device=yaw.device)
+    x = (pixel % width - (width - 1) / 2) / FOCAL
+    y = ((height - 1) / 2 - pixel // width) / FOCAL
     y, z = pitch.cos() * y - pitch.sin(), pitch.sin() * y + pitch.cos()
     x, z = yaw.cos() * x + yaw.sin() * z, yaw.cos() * z - yaw.sin() * x
     return torch.cat([x, y, z], 1)
 
 
 def cast(ray, camera, half, center):
-    """Depth at which each ray meets the nearest box, and the number of that box."""
+    """Depth at which each ray meets the nearest box (the room from within), and its number."""
     inverse = (1 / ray).clamp(-1e6, 1e6)  # finite: an infinity times 0 would be nan
-    depth, box = torch.inf, 0
-    for number in range(half.shape[2]):
-        reach = half[:, :, number, None] * inverse.abs()
-        middle = (center[:, :, number, None] - camera) * inverse
-        enter = (middle - reach).amax(1, keepdim=True)
-        leave = (middle + reach).amin(1, keepdim=True)
-        if number == 0:
-            seen = leave
-        else:
-            seen = enter.where((enter > 0.5) & (enter < leave), torch.inf)
-        box = torch.where(seen < depth, number, box)
-        depth = seen.clamp(max=depth)
-    return depth, box
+    seen = []
+    for size, place in zip(half.split(1, 2), center.split(1, 2)):
+        reach, middle = size * inverse.abs(), (place - camera) * inverse    # (B, 3, pixels)
+        enter, leave = (middle - reach).amax(1, True), (middle + reach).amin(1, True)
+        seen.append(enter.where((enter > 0.5) & (enter < leave), torch.inf if seen else leave))
+    return torch.cat(seen, 1).min(1, keepdim=True)
 
 
 def hashed(x):
@@ -157,28 +157,26 @@ def hashed(x):
 
 def shade(point, box, room, half, center, draw):
     """RGB in 0..1 of what is seen at `point` (B, 3, pixels) on `box`."""
-    # The face: its normal, and whether it is floor, wall, ceiling or one of the furniture.
-    index = box.expand(-1, 3, -1)
-    local = (point - center.gather(2, index)) / half.gather(2, index)  # 1 or -1 across the face
-    normal = local.sign() * (local.abs() == local.abs().amax(1, keepdim=True))
-    normal = normal * (1 - 2 * (box == 0))                             # of the room: inwards
-    kind = torch.where(box == 0, 1 - normal[:, 1:2].long(), box + 2)
+    # The face, `local` 1 or -1: its normal, and whether it is floor, wall, ceiling or furniture.
+    local = (point - center.take_along_dim(box, 2)) / half.take_along_dim(box, 2)
+    normal = local.sign() * (local.abs() == local.abs().amax(1, True))
+    normal = normal.where(box > 0, -normal)                            # of the room: inwards
+    kind = (box + 2).where(box > 0, 1 - normal[:, 1:2].long())         # row of PAINT
 
     # Its paint: tiles or planks whose shades follow from their numbers along x, y, z.
-    spans = (0.9, 1.3), (0.9, 1.1), (0.65, 1.15), (-0.3, 0.25), (0.07, 1), (0.07, 1), (0.07, 1)
-    paint = draw(BRIGHTNESS, *[[span] * len(BRIGHTNESS) for span in spans]).relu()
-    gray, hue, contrast, width = paint.gather(2, kind.expand(-1, 8, -1)).split([1, 3, 1, 3], 1)
+    paint = draw(PAINT).relu().take_along_dim(kind, 2)
+    gray, hue, contrast, width = paint.split([1, 3, 1, 3], 1)
     x, y, z = (point * (normal == 0) / width).floor().split(1, 1)
-    tile = hashed(x * 127.1 + y * 311.7 + z * 74.7 + kind + draw((0, 99)))
+    tile = hashed(x * 127.1 + y * 311.7 + z * 74.7 + kind + draw("0 99"))
 
     # The light: a lamp at the ceiling, some daylight from each side, and the sensor's noise.
-    way = draw((-0.6, 0.6), (0.6, 0.9), (-0.6, 0.6)) * room - point
+    way = draw("-0.6 0.6   0.6 0.9   -0.6 0.6") * room - point
     lamp = torch.cosine_similarity(normal, way)[:, None] / (1 + way.square().sum(1, True) / 6)
-    light = 0.35 + draw((0.6, 1.9)) * lamp.relu()
-    light = light + (normal * draw(*[(-0.15, 0.15)] * 3)).sum(1, True)
+    light = 0.35 + draw("0.6 1.9") * lamp.relu()
+    light = light + (normal * draw("-0.15 0.15   -0.15 0.15   -0.15 0.15")).sum(1, True)
     image = (gray * hue * (1 + contrast * tile) * light).clamp(0, 1).sqrt()
     pixel = torch.arange(point.shape[2], device=point.device)
-    noise = hashed(hashed(pixel) * 78.233 + draw(*[(0, 99)] * 3))
+    noise = hashed(hashed(pixel) * 78.233 + draw("0 99   0 99   0 99"))
     return (image + 0.03 * noise).clamp(0, 1)
 
 
@@ -193,13 +191,12 @@ class Source:
 
     names[pool] is what each frame is called; `faults` collects what is wrong with them.
     """
+    block = 256       # frames that are decoded or drawn at a time
     rooms = None      # how many, if they are drawn
     mirror_shift = 1  # see `augment`
 
     def __init__(self, path, names):
-        self.path = path
-        self.names = names
-        self.faults = []
+        self.path, self.names, self.faults = path, names, []
 
     def load(self, pool, indices):
         """Images uint8 (n, 192, 256, 3), depths (n, 1, 48, 64) metres; indices: range or list."""
@@ -209,19 +206,19 @@ class Source:
             image[rows], depth[rows] = block
         return image, depth
 
-    def blocks(self, pool, indices, size=256):
+    def blocks(self, pool, indices):
         """Yields (slice, images, depths), a block of frames at a time."""
-        for start in progress(range(0, len(indices), size), f"read {pool}", len(indices), size):
-            rows = slice(start, min(start + size, len(indices)))
+        n = len(indices)
+        for start in progress(range(0, n, self.block), f"read {pool}", n, self.block):
+            rows = slice(start, start + self.block)
             image, depth = self.frames(pool, indices[rows])
             self.check(pool, indices[rows], depth)
             yield rows, image, depth
 
     def frames(self, pool, indices):
-        names = [self.names[pool][i] for i in indices]
-        with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow frees the GIL
-            pairs = threads.map(functools.partial(self.decode, pool), names)
-            return tuple(torch.from_numpy(np.stack(part)) for part in zip(*pairs))
+        with ThreadPoolExecutor() as threads:  # Pillow frees the GIL
+            pairs = threads.map(lambda i: self.decode(pool, self.names[pool][i]), indices)
+            return [torch.from_numpy(np.stack(part)) for part in zip(*pairs)]
 
     def decode(self, pool, name):
         """One frame, resized as in the notebook; black and 1 m away where it is broken."""
@@ -230,18 +227,18 @@ class Source:
             if image.width * 3 != image.height * 4 or image.size != depth.size:
                 raise ValueError(f"image {image.size}, depth {depth.size}: not one 4:3 size")
             self.mirror_shift = mirror_shift(image.width)
-            image = image.resize(SIZE[::-1], Image.Resampling.BILINEAR)
-            depth = depth.resize(DEPTH_SIZE[::-1], Image.Resampling.NEAREST)
+            image = image.resize(SIZE[::-1], Image.BILINEAR)
+            depth = depth.resize(DEPTH_SIZE[::-1], Image.NEAREST)
             return np.asarray(image), metres * np.asarray(depth, np.float32)[None]
         except Exception as error:  # noqa: BLE001  a damaged file may raise almost anything
             self.faults.append(f"{self.path}, {pool} frame {name}: {error}")
-            return np.zeros((*SIZE, 3), np.uint8), np.ones((1, *DEPTH_SIZE), np.float32)
+            return np.zeros(*FORMS["image"]), np.ones(*FORMS["depth"])
 
     def check(self, pool, indices, depth):
         """Notes frames whose depth cannot be metres."""
         for i, part in zip(indices, depth):
             low, high = part.aminmax()
-            if not (low >= 0 and 0 < high <= 100):  # nor is nan
+            if low < 0 or not 0 < high <= 100:  # nor is nan
                 self.faults.append(f"{self.path}, {pool} frame {self.names[pool][i]}: depth is "
                                    "nan, negative, above 100 m or missing everywhere")
 
@@ -260,7 +257,7 @@ def mirror_shift(width):
 
 def to_rgb(image):
     """A Pillow image as RGB; ValueError where Pillow would turn it white or black."""
-    if image.mode not in COLOURS:
+    if image.mode not in ("RGB", "RGBA", "P", "L", "LA"):
         raise ValueError(f"image of mode {image.mode}: save it as RGB or grey of 8 bits")
     return image.convert("RGB")
 
@@ -292,12 +289,13 @@ def read_list(folder, name):
 
     It lies in the folder or below it; [] if there is none: the notebook needs no test.
     """
-    found = []
     for depth in range(5):
-        found = found or [file for file in folder.glob("*/" * depth + name) if file.is_file()]
+        found = [file for file in folder.glob("*/" * depth + name) if file.is_file()]
+        if found:
+            break
     if not found:
         return []
-    path = max(found, key=lambda file: (len(str(file)), str(file)))  # versions/10, not versions/9
+    path = max(found, key=lambda file: (len(str(file)), file))  # versions/10, not versions/9
 
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -312,7 +310,7 @@ def read_list(folder, name):
 
     # The paths begin at the folder above, or at the CSV's own.
     root = path.parent if (path.parent / pairs[0][0]).exists() else path.parent.parent
-    return [[os.path.join(root, cell) for cell in pair] for pair in pairs]
+    return [[str(root / cell) for cell in pair] for pair in pairs]
 
 
 class LabeledMat(Source):
@@ -326,9 +324,8 @@ class LabeledMat(Source):
         super().__init__(path, {"train": np.flatnonzero(test == 0), "test": np.flatnonzero(test)})
 
     def read(self, pool, name):
-        image = np.ascontiguousarray(self.image[name].T)
-        depth = np.ascontiguousarray(self.depth[name].T, np.float32)
-        return Image.fromarray(image), Image.fromarray(depth), 1
+        depth = self.depth[name].T.astype(np.float32)
+        return Image.fromarray(self.image[name].T), Image.fromarray(depth), 1
 
 
 class Packed(Source):
@@ -340,20 +337,20 @@ class Packed(Source):
     def __init__(self, path, file):
         self.mirror_shift = int(file.attrs["mirror_shift"])
         self.arrays, names = {}, {}
-        for pool, (key, (shape, kind)) in itertools.product(POOLS, FORMS.items()):
+        for pool, (key, (shape, kind)) in product(POOLS, FORMS.items()):
             found = dataset(file, f"{pool}/{key}")
             offset = found.id.get_offset()
-            names.setdefault(pool, range(len(found)))
-            if offset is None or found.shape != (len(names[pool]), *shape) or found.dtype != kind:
-                raise UserError(f"{path} is damaged: {pool}/{key} {found.shape} is not "
-                                f"{len(names[pool])} of {kind} {shape}: pack it again.")
+            n = len(names.setdefault(pool, range(len(found))))
+            if offset is None or found.shape != (n, *shape) or found.dtype != kind:
+                raise UserError(f"{path} is damaged: {pool}/{key} {found.shape} is not {n} of "
+                                f"{kind} {shape}: pack it again.")
             mapped = np.memmap(path, kind, "c", offset, found.shape)
             self.arrays[pool, key] = torch.from_numpy(mapped)
         super().__init__(path, names)
 
     def load(self, pool, indices):
         rows = slice(indices.start, indices.stop) if isinstance(indices, range) else indices
-        image, depth = self.arrays[pool, "image"][rows], self.arrays[pool, "depth"][rows]
+        image, depth = (self.arrays[pool, key][rows] for key in FORMS)
         self.check(pool, indices, depth)
         return image, depth
 
@@ -362,38 +359,36 @@ class Packed(Source):
 
 class Rooms(Source):
     """Rooms drawn by `make_rooms`: numbers from 0 for training, from a billion for the test."""
+    block = 16  # more would not fit a CPU's cache, nor a small GPU
 
     def __init__(self, rooms, device):
         self.rooms = rooms
-        self.device = torch.device(device)
+        self.device = device
         tests = range(10**9, 10**9 + max(rooms // 5, 1))
         super().__init__(None, {"train": range(rooms), "test": tests})
 
     def frames(self, pool, indices):
-        numbers = torch.tensor([self.names[pool][i] for i in indices])
-        at_once = 64 if self.device.type == "cuda" else 8
-        parts = [make_rooms(part, device=self.device) for part in numbers.split(at_once)]
-        image, depth = (torch.cat(part).cpu() for part in zip(*parts))
-        return image.permute(0, 2, 3, 1), depth
+        numbers = torch.tensor(indices) + self.names[pool].start
+        image, depth = make_rooms(numbers, device=self.device)
+        return image.permute(0, 2, 3, 1).cpu(), depth.cpu()
 
 
 def open_source(data=None, raw_depth=False, rooms=None, device="cpu"):
     """The source behind --data, --raw-depth, --rooms; if none is given, NYU where Kaggle keeps it.
 
-    Raises UserError if there is none.
+    UserError if there is none.
     """
-    path = data
-    if path is None and rooms is None:
-        path = find_kaggle()
-    if path is None:
+    if data is None and rooms is None:
+        data = find_kaggle()
+    if data is None:
         source = Rooms(rooms or ROOMS, device)
         print(f"data: {source.rooms:,} synthetic rooms, drawn now. {HOW_TO_GET_NYU}")
-    elif os.path.isdir(path):
-        source = KaggleFolder(Path(os.path.abspath(path)))
-    elif os.path.isfile(path):
-        source = open_hdf5(os.path.abspath(path), raw_depth)
+    elif os.path.isdir(data):
+        source = KaggleFolder(Path(os.path.abspath(data)))
+    elif os.path.isfile(data):
+        source = open_hdf5(os.path.abspath(data), raw_depth)
     else:
-        raise UserError(f"--data {os.path.abspath(path)} does not exist as a folder, .mat or .h5."
+        raise UserError(f"--data {os.path.abspath(data)} does not exist as a folder, .mat or .h5."
                         f"\n{HOW_TO_GET_NYU}")
     if raw_depth and not isinstance(source, LabeledMat):
         raise UserError("--raw-depth chooses a depth of the labelled .mat, and --data is none.")
@@ -403,12 +398,13 @@ def open_source(data=None, raw_depth=False, rooms=None, device="cpu"):
 def find_kaggle():
     """NYU Depth V2 as Kaggle mounts it or kagglehub keeps it; None elsewhere."""
     cache = os.environ.get("KAGGLEHUB_CACHE") or os.path.expanduser("~/.cache/kagglehub")
-    places = [KAGGLE_INPUT / name for name in KAGGLE_NAMES] + [Path(cache) / KAGGLE_NAMES[1]]
-    found = [place for place in places if place.is_dir()]
-    if not found and KAGGLE_INPUT.is_dir():
+    places = KAGGLE_INPUT / "nyu-depth-v2", KAGGLE_INPUT / KAGGLE_NAME, Path(cache, KAGGLE_NAME)
+    for place in places:
+        if place.is_dir():
+            return place
+    if KAGGLE_INPUT.is_dir():
         raise UserError(f"{KAGGLE_INPUT} holds no NYU Depth V2: add the data set "
                         "soumikrakshit/nyu-depth-v2 to the notebook, or ask for --rooms 400.")
-    return found[0] if found else None
 
 
 def open_hdf5(path, raw_depth):
@@ -416,16 +412,15 @@ def open_hdf5(path, raw_depth):
     try:
         file = h5py.File(path)
     except OSError as error:
-        broken = "signature" in str(error) or "truncated" in str(error)
-        advice = "get it again" if broken else "another program holds it, or you may not read it"
-        raise UserError(f"{path} cannot be opened as HDF5 ({error}): {advice}.") from error
+        raise UserError(f"{path} cannot be opened as HDF5 ({error}): get it again if it is cut or "
+                        "no HDF5; else another program holds it or you may not read it.") from error
 
     if file.attrs.get("format") == PACKED:
         return Packed(path, file)
     if "images" in file:
         return LabeledMat(path, file, raw_depth)
-    raise UserError(f"{path} was not packed by this data.py ({file.attrs.get('format')!r}): pack it "
-                    "again.")
+    kind = file.attrs.get("format")
+    raise UserError(f"{path} was not packed by this data.py (format {kind!r}): pack it again.")
 
 
 def dataset(file, name):
@@ -433,8 +428,7 @@ def dataset(file, name):
     found = file.get(name)
     if (not isinstance(found, h5py.Dataset) or found.file.filename != file.filename
             or found.external or found.is_virtual):
-        raise UserError(f"{file.filename} is damaged: {name} is missing or not in this file: pack "
-                        "it or get it again.")
+        raise UserError(f"{file.filename} lacks {name}, or has it elsewhere: get or pack it again.")
     return found
 
 
@@ -449,9 +443,9 @@ def pack(source, path):
         offsets = {}
         with h5py.File(temporary, "w") as file:
             file.attrs.update(format=PACKED, mirror_shift=source.mirror_shift)
-            for pool, (key, (shape, kind)) in itertools.product(POOLS, FORMS.items()):
+            for pool, (key, (shape, kind)) in product(POOLS, FORMS.items()):
                 shape = len(source.names[pool]), *shape
-                made = file.create_dataset(f"{pool}/{key}", shape, kind, fill_time="never")
+                made = file.create_dataset(f"{pool}/{key}", shape, kind)
                 made[0] = 0  # now it has its place
                 offsets[pool, key] = made.id.get_offset()
         need, free = os.path.getsize(temporary), shutil.disk_usage(temporary.parent).free
@@ -460,8 +454,8 @@ def pack(source, path):
 
         with open(temporary, "r+b") as file:
             for pool in POOLS:
-                for rows, image, depth in source.blocks(pool, range(len(source.names[pool]))):
-                    for key, values in (("image", image), ("depth", depth)):
+                for rows, *block in source.blocks(pool, range(len(source.names[pool]))):
+                    for key, values in zip(FORMS, block):
                         file.seek(offsets[pool, key] + rows.start * values[0].nbytes)
                         file.write(values.contiguous().numpy())
         stop_on_faults(source)
@@ -502,40 +496,55 @@ class Frames:
     def __init__(self, source, split, device, notebook=False, limit=None):
         pool = "test" if split == "test" and not notebook else "train"
         indices = split_indices(len(source.names[pool]), split, notebook)
-        if not indices:
+        n = len(indices)
+        if not n:
             raise UserError(f"no images in split {split}: {source.path}, nyu2_{pool}.csv or pool "
                             f"{pool}, has {len(source.names[pool])}.")
-        if limit and limit < len(indices):
-            indices = [indices[i * len(indices) // limit] for i in range(limit)]  # evenly spaced
-        self.image, self.depth = source.load(pool, indices)
+        if limit and limit < n:
+            indices = [indices[i * n // limit] for i in range(limit)]  # evenly spaced
+        image, depth = source.load(pool, indices)
         self.mirror_shift = source.mirror_shift
-        self.median = describe(split, self.depth.numpy())
-        self.checksum = 0  # of rooms: another machine rounds them otherwise
-        if not source.rooms:
-            lines = self.image[:, SIZE[0] // 2].numpy()  # of each image: all would take long
-            self.checksum = zlib.crc32(self.depth.numpy(), zlib.crc32(np.ascontiguousarray(lines)))
+
+        metres = depth.numpy()
+        if not ((metres > 1e-3) & (metres < 10)).any():
+            raise UserError(f"split {split} of {source.path} has no pixel between 1 mm and 10 m: "
+                            "look at the depth, its scale or its encoding.")
+        some = metres[::ceil(len(metres) / 1000)]
+        measured = some[some > 0]
+        low, self.median, high = np.percentile(measured, [1, 50, 99])
+        far = np.mean(measured > 10)
+        print(f"{split}: {len(metres):,} images, depth {self.median:.2f} m in the median, 1 % below "
+              f"{low:.2f} m, 99 % below {high:.2f} m; {measured.size / some.size:.1%} measured, "
+              f"{far:.1%} of that beyond 10 m", flush=True)
+        if far > 0.5:
+            print(f"warning: most of the depth in {split} is beyond 10 m: is it in metres?")
+
+        # Of rooms 0: another machine rounds them otherwise. One line of each image: all take long.
+        lines = image[:, SIZE[0] // 2].contiguous().numpy()
+        self.checksum = 0 if source.rooms else zlib.crc32(metres, zlib.crc32(lines))
 
         self.device, self.copying = torch.device(device), None
         if self.device.type == "cuda":
-            if self.image.nbytes + self.depth.nbytes < torch.cuda.mem_get_info()[0] / 2:
-                self.image, self.depth = self.image.to(device), self.depth.to(device)
+            if image.nbytes + depth.nbytes < torch.cuda.mem_get_info()[0] / 2:
+                image, depth = image.to(device), depth.to(device)
             else:
                 self.copying = torch.cuda.Stream()
+        self.image, self.depth = image, depth
 
     def __len__(self):
         return len(self.image)
 
     def fetch(self, numbers):
         """Images uint8 (B, 3, 192, 256), channels last, depths (B, 1, 48, 64) of these frames."""
-        image, depth = self.image[numbers], self.depth[numbers]
+        batch = self.image[numbers], self.depth[numbers]
         if self.copying:  # from host memory, while the GPU still works on the batch before
             computing = torch.cuda.current_stream()
             with torch.cuda.stream(self.copying):
-                image, depth = (x.pin_memory().to(self.device, non_blocking=True)
-                                for x in (image, depth))
+                batch = [x.pin_memory().to(self.device, non_blocking=True) for x in batch]
             computing.wait_stream(self.copying)
-            for x in (image, depth):
+            for x in batch:
                 x.record_stream(computing)  # not to be freed before it is read
+        image, depth = batch
         return image.permute(0, 3, 1, 2), depth
 
     def batches(self, batch_size, order=None):
@@ -544,114 +553,74 @@ class Frames:
         return map(self.fetch, order.to(self.image.device).split(batch_size))
 
 
-def describe(split, depth):
-    """Says what depth (n, 1, h, w) a split holds: its median. UserError if it holds none."""
-    if not ((depth > 1e-3) & (depth < 10)).any():
-        raise UserError(f"split {split} has no pixel between 1 mm and 10 m: look at the depth, its "
-                        "scale or its encoding.")
-    some = depth[::ceil(len(depth) / 1000)]
-    measured = some[some > 0]
-    low, median, high = np.percentile(measured, [1, 50, 99])
-    far = np.mean(measured > 10)
-    print(f"{split}: {len(depth):,} images, depth {median:.2f} m in the median, 1 % below {low:.2f} "
-          f"m, 99 % below {high:.2f} m; {measured.size / some.size:.1%} measured, {far:.1%} of that "
-          "beyond 10 m", flush=True)
-    if far > 0.5:
-        print(f"warning: most of the depth in {split} is beyond 10 m: is it in metres?")
-    return median
-
-
 # What is done to a batch, on the device.
 
 @functools.cache
 def constant(values, device):
     """A tensor of (nested) tuples, copied to the device once: each copy would make the GPU wait."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return torch.tensor(values, device=device)
 
 
 def normalise(image):
     """What METER takes: RGB 0..1 (B, 3, H, W) minus ImageNet's mean, over its deviation."""
-    mean = constant(MEAN, image.device).view(3, 1, 1)
-    std = constant(STD, image.device).view(3, 1, 1)
+    mean, std = constant((MEAN, STD), image.device).view(2, 3, 1, 1)
     return (image - mean) / std
 
 
-def augment(image, depth, draws, zoom=1.0, mirror_shift=1):
+def augment(image, depth, draws, mirror_shift=1):
     """METER's augmentations, each with p = 0.5 for each frame (Papa et al.).
 
-    image (B, 3, H, W) RGB 0..1; depth (B, 1, h, w) metres; draws (B, 11 or 15) in 0..1.
-    Mirror; another channel order; colours b * rgb ** g * e, all in 0.9..1.1; depth +-10 cm; a crop
-    enlarged up to `zoom` times, its depth divided by as much (Eigen et al. 2014).
+    image (B, 3, H, W) RGB 0..1; depth (B, 1, h, w) metres; draws (B, 11) in 0..1. Mirror; another
+    channel order; colours b * rgb ** g * e, all in 0.9..1.1; depth +-10 cm.
     The mirrored image moves `mirror_shift` pixels to the right, under the points where depth was
-    taken. The depth of a crop is off by 5 cm on average (NYU, zoom 1.5; 4.5 if interpolated), as 48
-    x 64 points do not say what lies between them.
+    taken. No crops: 48 x 64 depths do not say what lies between them, so a crop is off by 5 cm.
     """
-    draws = draws[:, :, None, None, None].to(image.device)  # (B, draws, 1, 1, 1)
+    draws = draws.to(image.device)[..., None, None, None]  # (B, draws, 1, 1, 1)
     mirror, permute, recolour, shift = (draws[:, :4] < 0.5).unbind(1)
 
-    flipped = image.flip(3)
-    moved = flipped[..., :image.shape[3] - mirror_shift]
-    flipped = torch.cat([flipped[..., :mirror_shift], moved], 3)
-    image = torch.where(mirror, flipped, image)
-    depth = torch.where(mirror, depth.flip(3), depth)
+    flipped = F.pad(image.flip(3), (mirror_shift, 0, 0, 0), "replicate")
+    image = flipped[..., :image.shape[3]].where(mirror, image)
+    depth = depth.flip(3).where(mirror, depth)
 
-    orders = constant(tuple(itertools.permutations(range(3))), image.device).long()  # (6, 3)
-    order = orders[(draws[:, 4] * 6).long().flatten()][:, :, None, None]             # (B, 3, 1, 1)
-    image = torch.where(permute, image.gather(1, order.expand_as(image)), image)
+    orders = constant(tuple(permutations(range(3))), image.device)   # (6, 3)
+    order = orders[(draws[:, 4] * 6).long()].view(-1, 3, 1, 1)              # (B, 3, 1, 1)
+    image = image.take_along_dim(order, 1).where(permute, image)
 
     brightness, gamma, *colours = (0.9 + 0.2 * draws[:, 5:10]).unbind(1)
     recoloured = brightness * image ** gamma * torch.cat(colours, 1)
-    image = torch.where(recolour, recoloured.clamp(0, 1), image)
+    image = recoloured.clamp(0, 1).where(recolour, image)
 
     moved = (depth + 0.2 * draws[:, 10] - 0.1).clamp(min=1e-3)
-    depth = torch.where(shift & (depth > 0), moved, depth)
-
-    if zoom > 1:
-        enlarge = draws[:, 11] < 0.5
-        part = 1 / (1 + (zoom - 1) * draws[:, 12] * enlarge)  # of height and width: (B, 1, 1, 1)
-        middle = (2 * draws[:, 13:, 0, 0] - 1) * (1 - part[:, 0])  # x and y in -1 .. 1: (B, 2, 1)
-        scale = part[:, 0] * torch.eye(2, device=part.device)      # (B, 2, 2)
-        window = torch.cat([scale, middle], 2)                     # (B, 2, 3)
-        image = crop(image, window, "bilinear")
-        depth = crop(depth, window, "nearest") * part
+    depth = moved.where(shift & (depth > 0), depth)
     return image, depth
-
-
-def crop(x, window, mode):
-    grid = F.affine_grid(window, x.shape, align_corners=False)
-    return F.grid_sample(x, grid, mode, padding_mode="border", align_corners=False)
 
 
 def depth_metrics(prediction, depth):
     """The usual NYU metrics of each frame: a dict of (B,) tensors, nan where nothing was measured.
 
-    The errors are infinite where a prediction is not finite.
+    Errors are infinite where a prediction is not finite.
     prediction, depth (B, 1, h, w) metres; pixels with 1e-3 < depth < 10, no crop, the prediction
     clamped to that. delta_i: share of pixels with max(p/d, d/p) < 1.25 ** i.
     """
     valid = (depth > 1e-3) & (depth < 10)
-    p = torch.where(prediction.isfinite(), prediction.clamp(1e-3, 10), torch.inf)
+    p = prediction.clamp(1e-3, 10).where(prediction.isfinite(), torch.inf)
     d = depth.clamp(1e-3, 10)
+    error = p - d
     ratio = torch.maximum(p / d, d / p)
 
     def mean(x):
-        return torch.where(valid, x, 0.0).sum((1, 2, 3)) / valid.sum((1, 2, 3))
+        return x.where(valid, 0.0).sum((1, 2, 3)) / valid.sum((1, 2, 3))
 
-    metrics = {
-        "rmse_m": mean((p - d).square()).sqrt(),
-        "rel": mean((p - d).abs() / d),
+    return {
+        "rmse_m": mean(error.square()).sqrt(),
+        "rel": mean(error.abs() / d),
         "log10": mean((p / d).log10().abs()),
+        **{f"delta{i}": mean((ratio < 1.25 ** i).float()) for i in (1, 2, 3)},
     }
-    for i in (1, 2, 3):
-        metrics[f"delta{i}"] = mean((ratio < 1.25 ** i).float())
-    return metrics
 
 
 def mean_metrics(rows):
-    """Means over all frames that were measured: a dict of floats; rows: dicts of (B,) tensors.
-
-    UserError where a prediction was not finite.
-    """
+    """Means over the frames that were measured, of dicts of (B,) tensors; UserError if not finite."""
     means = {key: torch.cat([row[key] for row in rows]).nanmean().item() for key in rows[0]}
     broken = [key for key, value in means.items() if not isfinite(value)]
     if broken:
@@ -666,18 +635,16 @@ def sole_writer(folder):
     """Makes a folder and holds it: a second program that wants to write there gets a UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder.absolute()}: {error.strerror}.") from error
-    try:
-        if handle is not None:
+        handle = fcntl and os.open(folder, os.O_RDONLY)
+        if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, if killed
+    except OSError as error:
+        raise UserError(f"cannot write to {folder.absolute()} ({error.strerror}): wait if another "
+                        "program writes there, or choose another folder.") from error
+    try:
         yield
-    except BlockingIOError as error:
-        raise UserError(f"another program writes to {folder.absolute()}: wait for it, or choose "
-                        "another folder.") from error
     finally:
-        if handle is not None:
+        if fcntl:
             os.close(handle)
 
 
@@ -690,7 +657,7 @@ def write(path, save):
         save(temporary)
         with open(temporary, "r+b") as file:  # Windows flushes no file that is open to read
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error  # h5py's are pages long
         raise UserError(f"cannot write {path.absolute()}: {reason}.") from error
@@ -701,18 +668,16 @@ def write(path, save):
 
 def write_json(path, content):
     text = json.dumps(content, indent=1, allow_nan=False)
-    write(path, lambda file: file.write_text(text, encoding="utf-8"))
+    write(path, lambda file: file.write_bytes(text.encode()))
 
 
 def write_csv(path, rows):
     """rows: dicts with the same keys."""
-    def save(temporary):
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, rows[0])
-            table.writeheader()
-            table.writerows(rows)
-
-    write(path, save)
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0])
+    table.writeheader()
+    table.writerows(rows)
+    write(path, lambda file: file.write_bytes(text.getvalue().encode()))
 
 
 DEPTH_COLOURS = ScalarMappable(Normalize(0, 10), "viridis")  # of metres
@@ -729,8 +694,8 @@ def write_figure(path, figure):
 
 
 def show_picture(axis, picture, title, unit="", **options):
-    """A picture on an axis of its own; with a colour bar if it has a unit."""
-    shown = axis.imshow(np.asarray(picture), **options)
+    """A picture, a tensor, on an axis of its own; with a colour bar if it has a unit."""
+    shown = axis.imshow(picture.numpy(force=True), **options)
     axis.set_title(title, fontsize=8)
     axis.set(xticks=[], yticks=[])
     if unit:
@@ -751,16 +716,17 @@ def progress(items, label, n, step=1):
     """
     notebook = "JPY_PARENT_PID" in os.environ or "KAGGLE_KERNEL_RUN_TYPE" in os.environ
     rewritten = getattr(sys.stdout, "isatty", bool)() and not notebook
-    pause = 0.1 if rewritten else 10 if notebook else 30  # seconds
-    before, end = ("\r\033[K", "") if rewritten else ("", "\n")
+    pause, before, end = 10 if notebook else 30, "", "\n"  # seconds
+    if rewritten:
+        pause, before, end = 0.1, "\r\033[K", ""
     start = shown = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        done = min(number * step, n)
-        rate = done / (now - start + 1e-9)
         if now - shown > pause:
             shown = now
+            done = min(number * step, n)
+            rate = done / (now - start)
             print(f"{before}{label} {done:,}/{n:,} | {rate:.1f} images/s | "
                   f"{(n - done) / rate:.0f} s left", end=end, flush=True)
     if rewritten:
@@ -799,20 +765,17 @@ def given_flags(argv):
 
 def add_source_arguments(p):
     """The flags that choose the frames, the same in train.py and dissect.py."""
-    p.add_argument("--data", type=Path, help="folder, .mat or .h5; none: Kaggle's mount or rooms")
-    p.add_argument("--raw-depth", action="store_true", help=".mat: depth with holes, not filled in")
-    p.add_argument("--rooms", type=number(int, 10, 1e8),
-                   help=f"synthetic training rooms, {ROOMS} if there is no other data")
-    p.add_argument("--min-share", type=number(float, 0, 0.5), default=MIN_SHARE, metavar="SHARE",
-                   help="depth bins with no more than this share of the pixels do not count")
+    add = p.add_argument
+    add("--data", type=Path, help="folder, .mat or .h5; none: Kaggle's mount or rooms")
+    add("--raw-depth", action="store_true", help=".mat: depth with holes, not filled in")
+    add("--rooms", type=number(int, 10, 1e8), help=f"synthetic ones, {ROOMS} if no data is found")
+    add("--min-share", type=number(float, 0, 0.5), default=MIN_SHARE, metavar="SHARE",
+        help="depth bins with no more than this share of the pixels do not count")
 
 
 def run_command(main, *mistakes):
-    """main() as a command: a user's mistake ends it with one sentence; ours keep their traceback.
-
-    mistakes: more kinds of exception, beside UserError, that are the user's.
-    """
-    for stream in (sys.stdout, sys.stderr):
+    """main() as a command: UserError or `mistakes` end it with one sentence, ours with a traceback."""
+    for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="backslashreplace")  # a Chinese path on a Western Windows
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
@@ -822,23 +785,24 @@ def run_command(main, *mistakes):
     except KeyboardInterrupt:
         sys.exit("\nstopped: train.py --resume goes on after the last whole epoch.")
     except (MemoryError, RuntimeError) as error:  # RuntimeError: of the GPU, or torch's
-        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         sys.exit(f"error: memory is full: halve --batch-size, or pack the frames. ({error})"[:300])
 
 
 def main(argv=None):
     p = new_parser("Decode NYU Depth V2 once and pack it into one .h5.")
-    p.add_argument("source", type=Path, help="Kaggle's nyu_data folder or nyu_depth_v2_labeled.mat")
-    p.add_argument("out", type=Path, help="the .h5 to write; it must not exist yet")
-    p.add_argument("--raw-depth", action="store_true", help=".mat: depth with holes, not filled in")
+    add = p.add_argument
+    add("source", type=Path, help="Kaggle's nyu_data folder or nyu_depth_v2_labeled.mat")
+    add("out", type=Path, help="the .h5 to write; it must not exist yet")
+    add("--raw-depth", action="store_true", help=".mat: depth with holes, not filled in")
     args = p.parse_args(argv)
-    if args.out.suffix != ".h5" or args.out.exists() or not args.out.parent.is_dir():
-        raise UserError(f"{args.out.absolute()} must be a new .h5 file in a folder that exists.")
+    out = args.out
+    if out.suffix != ".h5" or out.exists() or not out.parent.is_dir():
+        raise UserError(f"{out.absolute()} must be a new .h5 file in a folder that exists.")
 
-    source = open_source(args.source, args.raw_depth)
-    pack(source, args.out)
-    print(f"{args.out}: {args.out.stat().st_size / 1e9:.2f} GB")
+    pack(open_source(args.source, args.raw_depth), out)
+    print(f"{out}: {out.stat().st_size / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

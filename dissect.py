@@ -18,87 +18,59 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import data
-from data import (
-    DEPTH_COLOURS,
-    SIZE,
-    UserError,
-    depth_metrics,
-    mean_metrics,
-    new_figure,
-    normalise,
-    progress,
-    show_picture,
-    write_csv,
-    write_figure,
-)
-from model import (
-    LAYERS,
-    SIGNED,
-    CheckpointError,
-    assigned_bins,
-    bin_sums,
-    bin_weights,
-    counted_bins,
-    layer_thresholds,
-    load_checkpoint,
-    notebook_depth,
-    record,
-    selectivity,
-    unit_selectivity,
-)
+import model as meter
+from data import UserError, depth_metrics, new_figure, normalise, show_picture, write_figure
+from model import LAYERS, record
 
 MEASURES = {
     "selectivity": "of a unit's strongest depth bin, |mean activation|",
     "assigned_selectivity": "of the bin that training assigns, mean |activation|",
 }
-COLUMNS = [  # of units.csv, after checkpoint and layer; a dead unit has peak_bin -1
-    "unit", "selectivity", "peak_bin", "peak_m", "assigned_bin", "assigned_selectivity", "dead",
-]
+COLUMNS = ["unit", "selectivity", "peak_bin", "peak_m", "assigned_bin", "assigned_selectivity",
+           "dead"]  # of units.csv, after checkpoint and layer; a dead unit has peak_bin -1
 ORDERS = {  # of an ablation, by their first word: colour and label
     "most": ("tab:red", "most selective first"),
     "least": ("tab:blue", "least selective first"),
     "random": ("silver", "five random orders"),
 }
-OUTPUTS = [  # what dissect.py writes, and clears when it writes there again
-    "dissect.json", "units.csv", "ablation.csv", "overview.png", "ablation.png",
-    "*_units.png", "*_activations.png", "*_photos_*.png", "*_depth.png",
-]
+# What dissect.py writes, and clears when it writes there again.
+OUTPUTS = ["dissect.json", "units.csv", "ablation.csv", "overview.png", "ablation.png",
+           "*_units.png", "*_activations.png", "*_photos_*.png", "*_depth.png"]
 
 
 # Measuring.
 
 @torch.no_grad()
 def measure(model, frames, layers, notebook=False, batch_size=16, min_share=0.0):
-    """One pass over the frames for all layers, in fp32: (means of depth_metrics, units).
+    """One pass over the frames for all layers, in fp32: (means of data.depth_metrics, units).
 
     units[layer] is what `describe_units` says of that layer.
     """
-    rows = []
-    sums = dict.fromkeys(layers, 0)
+    rows, sums = [], dict.fromkeys(layers, 0)
     for image, depth in frames.batches(batch_size):
         with record(model, layers) as features:
             prediction = model(normalise(image / 255))
         rows.append(depth_metrics(prediction, depth))
 
-        binned = notebook_depth(depth) if notebook else depth
+        binned = meter.notebook_depth(depth) if notebook else depth
         weights = {}  # shared by the layers of one size and number of bins
         for layer, x in features.items():
-            edges = layer_thresholds(x.shape[1], notebook, depth.device)
+            edges = meter.layer_thresholds(x.shape[1], notebook, depth.device)
             key = len(edges), *x.shape[-2:]
             if key not in weights:
-                weights[key] = bin_weights(binned, edges, x.shape[-2:])
-            count = weights[key].sum((0, 2, 3))[None]           # (1, K)
-            signed = absolute = bin_sums(x, weights[key])       # (C, K)
-            if layer in SIGNED:
-                absolute = bin_sums(x.abs(), weights[key])
+                weights[key] = meter.bin_weights(binned, edges, x.shape[-2:])
+            count = weights[key].sum((0, 2, 3))[None]                     # (1, K)
+            signed = absolute = meter.bin_sums(x, weights[key])           # (C, K)
+            if layer in meter.SIGNED:
+                absolute = meter.bin_sums(x.abs(), weights[key])
             sums[layer] = sums[layer] + torch.cat([count, signed, absolute]).double()
 
     units = {layer: describe_units(x.cpu(), notebook, min_share) for layer, x in sums.items()}
-    return mean_metrics(rows), units
+    return data.mean_metrics(rows), units
 
 
 def describe_units(sums, notebook=False, min_share=0.0):
-    """Means over all frames, and what follows: a dict of tensors.
+    """What the units of a layer answer to depth: a dict of tensors.
 
     sums (1 + 2 C, K) over all pixels of each bin: their count, and the activation and |activation|
     of all units. edges (K + 1,) of the bins in metres; counted (K,) bool, see counted_bins; signed
@@ -107,8 +79,8 @@ def describe_units(sums, notebook=False, min_share=0.0):
     count = sums[0]
     signed, absolute = (sums[1:] / count.clamp(min=1)).chunk(2)
     units, bins = signed.shape
-    edges = layer_thresholds(units, notebook)
-    counted = counted_bins(count, min_share)
+    edges = meter.layer_thresholds(units, notebook)
+    counted = meter.counted_bins(count, min_share)
     dead = absolute.amax(1) == 0
     peak = (signed.abs() * counted).argmax(1)
     return {
@@ -117,11 +89,11 @@ def describe_units(sums, notebook=False, min_share=0.0):
         "signed": signed,
         "absolute": absolute,
         "unit": torch.arange(units),
-        "selectivity": selectivity(signed.abs(), peak, counted),
+        "selectivity": meter.selectivity(signed.abs(), peak, counted),
         "peak_bin": peak.where(~dead, -1),
         "peak_m": ((edges[peak] + edges[peak + 1]) / 2).where(~dead, torch.nan),
-        "assigned_bin": assigned_bins(units, bins),
-        "assigned_selectivity": unit_selectivity(absolute, count, min_share),
+        "assigned_bin": meter.assigned_bins(units, bins),
+        "assigned_selectivity": meter.unit_selectivity(absolute, count, min_share),
         "dead": dead,
     }
 
@@ -147,7 +119,7 @@ def answering(model, answers):
 
 
 @torch.no_grad()
-def rmse_after(model, frames, layer, changes, label, batch_size=16):
+def rmse_after(model, frames, layer, changes, batch_size=16):
     """RMSE on the frames after each change of what a layer answers: a list of metres.
 
     changes: functions of the answer x (B, C, h, w) and the true depth. The layers up to this one
@@ -155,15 +127,15 @@ def rmse_after(model, frames, layer, changes, label, batch_size=16):
     """
     before = list(LAYERS)[:list(LAYERS).index(layer) + 1]
     rows = [[] for _ in changes]
-    for image, depth in progress(
-            frames.batches(batch_size), f"{label} {layer}", len(frames), batch_size):
+    batches = data.progress(frames.batches(batch_size), f"ablate {layer}", len(frames), batch_size)
+    for image, depth in batches:
         image = normalise(image / 255)
         with record(model, before) as features:
             model(image)
         for row, change in zip(rows, changes):
             with answering(model, features | {layer: change(features[layer], depth)}):
                 row.append(depth_metrics(model(image), depth))
-    return [mean_metrics(row)["rmse_m"] for row in rows]
+    return [data.mean_metrics(row)["rmse_m"] for row in rows]
 
 
 def ablate(model, frames, layer, r, batch_size=16):
@@ -176,11 +148,10 @@ def ablate(model, frames, layer, r, batch_size=16):
     orders = {"most selective first": ranked, "least selective first": ranked.flip(0)}
     for n in range(5):  # for the spread
         orders[f"random {n}"] = torch.randperm(units, generator=torch.Generator().manual_seed(n))
-    counts = sorted({round(units * n / 8) for n in range(9)})
 
-    runs = list(itertools.product(orders, counts))
+    runs = list(itertools.product(orders, sorted({round(units * n / 8) for n in range(9)})))
     changes = [switch_off(orders[order][:n]) for order, n in runs]
-    errors = rmse_after(model, frames, layer, changes, "ablate", batch_size)
+    errors = rmse_after(model, frames, layer, changes, batch_size)
     return [{"order": order, "units_off": n, "rmse_m": error}
             for (order, n), error in zip(runs, errors)]
 
@@ -199,20 +170,21 @@ def draw_units(title, r, path):
     axis = figure.subplots()
     for unit, heights in enumerate(response):  # a panel: as wide as the depths, 1 high
         x, y = edges + 1.15 * edges[-1] * (unit % 8), -1.5 * (unit // 8)
-        own = r["assigned_bin"][unit]
-        score = "dead" if r["dead"][unit] else f"{r['selectivity'][unit]:.2f}"
-        axis.text(x[0], y + 1.05, f"unit {unit}: {score}", fontsize=8)
+        own, dead = r["assigned_bin"][unit], r["dead"][unit]
+        note = "dead" if dead else f"{r['selectivity'][unit]:.2f}"
+        axis.text(x[0], y + 1.05, f"unit {unit}: {note}", fontsize=8, color="0.5" if dead else "0")
         axis.stairs(y + heights, x, baseline=y, fill=True,
-                    color=DEPTH_COLOURS.to_rgba(r["peak_m"][unit]))
+                    color=data.DEPTH_COLOURS.to_rgba(r["peak_m"][unit]))
         axis.stairs(y + rare, x, baseline=y, fill=True, facecolor="none", lw=0, hatch="/////",
-                    edgecolor="gray" if r["dead"][unit] else "silver")
-        axis.plot(x[[own, own + 1]], [y - 0.07] * 2, color="tab:orange", lw=4)
+                    edgecolor="silver")
+        axis.plot(x[[0, -1]], [y, y], color="silver", lw=0.5)
+        axis.plot(x[[own, own + 1]], [y - 0.09] * 2, color="tab:orange", lw=4)
 
-    axis.set(yticks=[], xticks=edges[[0, -1]], frame_on=False,
+    axis.set(yticks=[], xticks=edges[[0, -1]], ylim=(y - 0.3, 1.4), frame_on=False,
              title=f"{title}: |mean activation| of each unit over depth, and its selectivity",
              xlabel=f"each panel: depth from 0 to {edges[-1]:.3g} m; orange: the bin that training "
              "assigns; hatched: too few pixels to count")
-    figure.colorbar(DEPTH_COLOURS, ax=axis, label="depth of its peak, metres")
+    figure.colorbar(data.DEPTH_COLOURS, ax=axis, label="depth of its peak, metres")
     return write_figure(path, figure)
 
 
@@ -249,19 +221,20 @@ def draw_ablation(rows, path):
     """RMSE against the number of units off: a line of panels a layer, a column a checkpoint."""
     panels = {}
     for row in rows:
-        curve = panels.setdefault((row["layer"], row["checkpoint"]), {})
-        curve.setdefault(row["order"], {})[row["units_off"]] = row["rmse_m"]
+        curves = panels.setdefault((row["layer"], row["checkpoint"]), {})
+        curves.setdefault(row["order"], {})[row["units_off"]] = row["rmse_m"]
     columns = len({checkpoint for _, checkpoint in panels})
     lines = len(panels) // columns
     figure = new_figure(max(4.2 * columns, 7.5), 3.4 * lines + 1)
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
-    for axis, (layer, checkpoint) in zip(axes, sorted(panels, key=lambda panel: panel[0])):
-        for order, curve in reversed(panels[layer, checkpoint].items()):
+    for axis, panel in zip(axes, sorted(panels, key=lambda panel: list(LAYERS).index(panel[0]))):
+        for order, curve in reversed(panels[panel].items()):
             colour, label = ORDERS[order.split()[0]]
             axis.plot(curve.keys(), curve.values(), ".-", color=colour, label=label)
-        axis.set(title=f"{checkpoint}, {layer}", ylabel="RMSE, m", xlabel="units off (answer 0)")
+        axis.set(title=", ".join(panel), ylabel="RMSE, m", xlabel="units off (answer 0)")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
+
     figure.suptitle("Do selective units matter? Units are switched off one after the other.\n"
                     "If red rises first, the network needs its selective units most; if blue does, "
                     "least.", fontsize=10)
@@ -308,11 +281,9 @@ def choose_units(model, frames, units):
     peak, score = (torch.cat([r[key] for r in units.values()]) for key in ("peak_m", "selectivity"))
     score = (score * likeness.mean(0)).where(likeness.mean(0) >= 0.3, 0)   # (all units,)
 
-    chosen = []
-    for near, far in ((0, 2), (2, 4), (4, 10)):
-        inside = score.where((near < peak) & (peak <= far), 0)
-        if inside.any():
-            chosen.append(inside.argmax().item())
+    bands = [score.where((low < peak) & (peak <= high), 0)
+             for low, high in ((0, 2), (2, 4), (4, 10))]
+    chosen = [band.argmax().item() for band in bands if band.any()]
     best = likeness[:, chosen].sum(1).argsort(descending=True)[:3]
     return [names[n] for n in chosen], numbers[best]
 
@@ -325,22 +296,21 @@ def draw_activations(model, image, depth, units, chosen, path):
     title = "predicted depth" if depth is None else "true depth"
     depth, pictures = two_pictures(model, image, depth, {x: units[x] for x, _ in chosen})
     columns, lines = 2 * len(image), 1 + len(chosen)
-    figure = new_figure(max(2.5 * columns, 8), 1.9 * lines + 0.8 if chosen else 3.2)
-    if chosen:
-        figure.suptitle("Left: what a unit answers. Right: what it answers on average where it is "
-                        "that deep.\nThe more alike (r, correlation), the more is it depth that the "
-                        "unit sees.", fontsize=10)
+    figure = new_figure(max(2.5 * columns, 8), 1.9 * lines + 1.3)
+    figure.suptitle("" if not chosen else "Left: what a unit answers. Right: what it answers on "
+                    "average where it is that deep.\nThe more alike (r, correlation), the more is "
+                    "it depth that the unit sees.", fontsize=10)
     axes = figure.subplots(lines, columns, squeeze=False)
     for n in range(len(image)):
         left, right = axes[:, 2 * n], axes[:, 2 * n + 1]
-        show_picture(left[0], image[n].permute(1, 2, 0).cpu(), "image")
+        show_picture(left[0], image[n].permute(1, 2, 0), "image")
         show_picture(right[0], depth[n, 0], title, "metres", vmin=0)
         for line, (layer, unit) in enumerate(chosen, 1):
             answer, usual, likeness = (x[n, unit] for x in pictures[layer])
-            span = {"cmap": "magma", "vmin": 0, "vmax": answer.max().item()}
-            peak = units[layer]["peak_m"][unit]
-            show_picture(left[line], answer, f"{layer} unit {unit}, peak {peak:.1f} m", **span)
-            show_picture(right[line], usual, f"by depth alone: r {likeness:.2f}", "answer", **span)
+            show_picture(left[line], answer, f"{layer} unit {unit}, peak "
+                         f"{units[layer]['peak_m'][unit]:.1f} m", cmap="magma", vmin=0)
+            show_picture(right[line], usual, f"by depth alone: r {likeness:.2f}", "answer",
+                         cmap="magma", vmin=0)
     return write_figure(path, figure)
 
 
@@ -353,9 +323,9 @@ def read_photo(path):
             raise FileNotFoundError("no such file")
         photo = data.to_rgb(ImageOps.exif_transpose(Image.open(path)))
     except Exception as error:  # noqa: BLE001  a damaged file may raise almost anything
-        hint = " Name checkpoints before --images." * (path.suffix in (".pt", ".pth"))
-        raise UserError(f"--images {path.absolute()} is no photo: {error}.{hint}") from error
-    photo = ImageOps.fit(photo, SIZE[::-1], Image.Resampling.BILINEAR)  # as in training
+        raise UserError(f"--images {path.absolute()} is no photo: {error}. Photos are named last, "
+                        "checkpoints first.") from error
+    photo = ImageOps.fit(photo, data.SIZE[::-1], Image.Resampling.BILINEAR)  # as in training
     return torch.from_numpy(np.array(photo)).permute(2, 0, 1)
 
 
@@ -379,8 +349,9 @@ def read_photos(paths):
 
 def starred(results):
     """Names of the layers, with a star where a run regularised them."""
-    regularised = {layer for result in results.values() for layer in result["regularised"]}
-    return [layer + "*" * (layer in regularised) for layer in next(iter(results.values()))["layers"]]
+    first, *_ = results.values()
+    regularised = set().union(*(result["regularised"] for result in results.values()))
+    return [layer + "*" * (layer in regularised) for layer in first["layers"]]
 
 
 def print_table(results):
@@ -391,14 +362,15 @@ def print_table(results):
     for name, (layer, base) in zip(starred(results), first["layers"].items()):
         line = f"{name:12}{base['units']:>5} {base['bins_used']:>2}/{base['bins']:<2}"
         line += "".join(f"{base[key]:8.3f}{'':9}" for key in MEASURES)
-        line += "".join(f"{x['layers'][layer][key]:8.3f} ({x['layers'][layer][key] - base[key]:+.3f})"
-                        for x in others for key in MEASURES)
+        for x, key in itertools.product(others, MEASURES):
+            value = x["layers"][layer][key]
+            line += f"{value:8.3f} ({value - base[key]:+.3f})"
         print(line)
 
     for label, result in results.items():
         floats = {key: value for key, value in result.items() if isinstance(value, float)}
-        dead = sum(layer["dead"] for layer in result["layers"].values())
-        print(f"{label} | {data.log_line(floats)} | dead units {dead}")
+        print(f"{label} | {data.log_line(floats)} | dead units "
+              f"{sum(layer['dead'] for layer in result['layers'].values())}")
         layers = [layer for layer in result["regularised"] if layer in result["layers"]]
         if layers:
             before, after = (np.mean([x["layers"][layer]["selectivity"] for layer in layers])
@@ -409,28 +381,30 @@ def print_table(results):
 
 def parse_args(argv=None):
     p = data.new_parser(__doc__.splitlines()[0])
-    p.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", default=[],
-                   help="ours, the notebook's or METER's; several are compared; none: newest run's")
+    add = p.add_argument
+    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", default=[],
+        help="ours, the notebook's or METER's; several are compared; none: newest run's")
     # the frames and layers
     data.add_source_arguments(p)
-    p.add_argument("--split", choices=["train", "val", "test"], default="test", help="the frames")
-    p.add_argument("--limit", type=data.number(int, 1), help="that many, evenly spaced")
-    p.add_argument("--batch-size", type=data.number(int, 1),
-                   help="images at a time, which changes no result: 8, on a GPU 128")
-    p.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), metavar="LAYER",
-                   help="to look at")
-    p.add_argument("--notebook", action="store_true",
-                   help="the notebook's bins, up to 3.92 m; --min-share 0 unless given")
+    add("--split", choices=["train", "val", "test"], default="test", help="the frames")
+    add("--limit", type=data.number(int, 1), help="that many, evenly spaced")
+    add("--batch-size", type=data.number(int, 1),
+        help="images at a time, which changes no result: 8, on a GPU 128")
+    add("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), metavar="LAYER",
+        help="to look at")
+    add("--notebook", action="store_true",
+        help="the notebook's bins, up to 3.92 m; --min-share 0 unless given")
     # what to do beside measuring
-    p.add_argument("--viz", action="store_true", help="draw units, overview and activations")
-    p.add_argument("--ablate", action="store_true", help="switch units off, by selectivity")
-    p.add_argument("--images", nargs="+", type=Path, default=[], metavar="PATH",
-                   help="photos or folders: cut to 4:3, resized; scale as of a Kinect (63 degrees)")
-    p.add_argument("--out", type=Path, default=Path("runs/dissect"), help="folder for the results")
+    add("--viz", action="store_true", help="draw units, overview and activations")
+    add("--ablate", action="store_true", help="switch units off, by selectivity")
+    add("--images", nargs="+", type=Path, default=[], metavar="PATH",
+        help="photos or folders: cut to 4:3, resized; scale as of a Kinect (63 degrees)")
+    add("--out", type=Path, default=Path("runs/dissect"), help="folder for the results")
     if p.parse_args(argv).notebook:
         p.set_defaults(min_share=0.0)
     args = p.parse_args(argv)
-    args.given = data.given_flags(argv)
+    if args.data and args.rooms:
+        p.error("--rooms does nothing with --data")
     return args
 
 
@@ -441,15 +415,15 @@ def load_all(paths):
         label = path.resolve().parent.name if path.stem in ("best", "last") else path.stem
         if label in loaded:
             label = str(path).replace("/", "_")
-        loaded[label] = path, *load_checkpoint(path)
+        loaded[label] = path, *meter.load_checkpoint(path)
     return loaded
 
 
 def choose_source(args, loaded, device):
     """The frames that the flags ask for, or else those of the first run among the checkpoints."""
     configs = [content["config"] for _, _, content in loaded.values() if "config" in content]
-    asked = {"data": args.data, "rooms": args.rooms, "raw_depth": args.raw_depth}
-    if configs and not args.given & {"--data", "--rooms"}:
+    asked = {key: getattr(args, key) for key in ("data", "rooms", "raw_depth")}
+    if configs and not args.data and not args.rooms:
         asked = {key: configs[0].get(key) or asked[key] for key in asked}
     return data.open_source(**asked, device=device)
 
@@ -475,9 +449,8 @@ def main(argv=None):
 
 
 def dissect(args, loaded, frames, photos):
-    gpu = frames.device.type == "cuda"
-    batch_size = args.batch_size or (128 if gpu else 8)
-    results, tables = {}, {"units.csv": [], "ablation.csv": []}
+    batch_size = args.batch_size or (128 if frames.device.type == "cuda" else 8)
+    results, rows, ablation = {}, [], []
     for label, (path, model, content) in loaded.items():
         model.to(frames.device, memory_format=torch.channels_last).eval()
         metrics, units = measure(
@@ -487,23 +460,20 @@ def dissect(args, loaded, frames, photos):
         layers = {layer: summary(r) for layer, r in units.items()}
         results[label] = {
             "checkpoint": str(path),
-            "binning": "notebook" if args.notebook else "metres",
-            "min_share": args.min_share,
-            "split": args.split,
+            **{key: getattr(args, key) for key in ("notebook", "min_share", "split")},
             "images": len(frames),
             "regularised": regularised,
             **metrics,
-            "layers": layers,
             "mean_selectivity": np.mean([x["selectivity"] for x in layers.values()]).item(),
+            "layers": layers,
         }
 
-        for layer, r in progress(units.items(), f"{label}: layers", len(units)):
-            found = {"units.csv": [dict(zip(COLUMNS, values)) for values in
-                                   zip(*(r[key].tolist() for key in COLUMNS))]}
+        for layer, r in data.progress(units.items(), f"{label}: layers", len(units)):
+            known = {"checkpoint": label, "layer": layer}
+            values = zip(*(r[key].tolist() for key in COLUMNS))
+            rows += [known | dict(zip(COLUMNS, unit)) for unit in values]
             if args.ablate:
-                found["ablation.csv"] = ablate(model, frames, layer, r, batch_size)
-            for name, rows in found.items():
-                tables[name] += [{"checkpoint": label, "layer": layer, **row} for row in rows]
+                ablation += [known | row for row in ablate(model, frames, layer, r, batch_size)]
             if args.viz:
                 draw_units(f"{label}, {layer}", r, args.out / f"{label}_{layer}_units.png")
         if not args.viz and not photos:
@@ -524,31 +494,29 @@ def dissect(args, loaded, frames, photos):
             draw_activations(model, image, depth, units, chosen, args.out / f"{label}_{page}.png")
 
     print_table(results)
-    for name, rows in tables.items():
-        if rows:
-            write_csv(args.out / name, rows)
+    data.write_csv(args.out / "units.csv", rows)
     data.write_json(args.out / "dissect.json", results)
     if args.viz:
         draw_overview(results, args.out / "overview.png")
     if args.ablate:
-        draw_ablation(tables["ablation.csv"], args.out / "ablation.png")
+        data.write_csv(args.out / "ablation.csv", ablation)
+        draw_ablation(ablation, args.out / "ablation.png")
     print(f"written to {args.out.absolute()}")
     return results
 
 
 def summary(r):
-    """A layer of dissect.json."""
-    alive = ~r["dead"]
-    obey = (r["peak_bin"] - r["assigned_bin"])[alive].abs() <= 1
+    """A layer of dissect.json. obey: how many living units peak in or beside their assigned bin."""
+    obey = (r["peak_bin"] - r["assigned_bin"]).abs() <= 1
     return {
         **{key: r[key].mean().item() for key in MEASURES},
-        "units": len(alive),
+        "units": len(obey),
         "dead": r["dead"].sum().item(),
-        "obey": obey.sum().item(),  # units whose peak is in or beside their assigned bin
+        "obey": (obey & ~r["dead"]).sum().item(),
         "bins": len(r["counted"]),
         "bins_used": r["counted"].sum().item(),
     }
 
 
 if __name__ == "__main__":
-    data.run_command(main, CheckpointError)
+    data.run_command(main, meter.CheckpointError)

@@ -44,22 +44,14 @@ VARIANTS = {  # 713,464, 1,449,760 and 3,295,168 parameters
     "s": Widths((16, 32, 64, 96, 128, 160, 320), 4, (144, 192, 240), (128, 64, 32, 16)),
 }
 LAYERS = {  # name -> module path, in the order of the forward pass
-    "enc_0": "encoder.conv1",
-    "enc_1": "encoder.mv2.0",
-    "enc_2": "encoder.mv2.1",
-    "enc_3": "encoder.mv2.2",
-    "enc_4": "encoder.mv2.3",
-    "enc_5": "encoder.mv2.4",
-    "enc_6": "encoder.mvit.0",
-    "enc_7": "encoder.mv2.5",
-    "enc_8": "encoder.mvit.1",
-    "enc_9": "encoder.mv2.6",
-    "enc_10": "encoder.mvit.2",
-    "enc_output": "encoder.conv2",
-    "dec_0": "decoder.conv2d_in",
-    "dec_1": "decoder.ups_block_1",
-    "dec_2": "decoder.ups_block_2",
-    "dec_3": "decoder.ups_block_3",
+    "enc_0": "encoder.conv1", "enc_1": "encoder.mv2.0",
+    "enc_2": "encoder.mv2.1", "enc_3": "encoder.mv2.2",
+    "enc_4": "encoder.mv2.3", "enc_5": "encoder.mv2.4",
+    "enc_6": "encoder.mvit.0", "enc_7": "encoder.mv2.5",
+    "enc_8": "encoder.mvit.1", "enc_9": "encoder.mv2.6",
+    "enc_10": "encoder.mvit.2", "enc_output": "encoder.conv2",
+    "dec_0": "decoder.conv2d_in", "dec_1": "decoder.ups_block_1",
+    "dec_2": "decoder.ups_block_2", "dec_3": "decoder.ups_block_3",
 }
 # Where files of others keep the weights, and what they put before the names.
 WEIGHTS = "model_state_dict", "model", "state_dict", "net"
@@ -77,9 +69,7 @@ def conv(inputs, outputs, size=1, stride=1, groups=1):
 def conv3x3(inputs, outputs, stride=1):
     """METER's release calls this separable, but its weights are a dense 3x3: kept dense."""
     return nn.Sequential(OrderedDict(
-        depthwise=conv(inputs, outputs, 3, stride),
-        pointwise=conv(outputs, outputs),
-    ))
+        depthwise=conv(inputs, outputs, 3, stride), pointwise=conv(outputs, outputs)))
 
 
 def bn_relu(convolution, channels):
@@ -93,12 +83,8 @@ class MobileNetV2Block(nn.Module):
         super().__init__()
         wide = inputs * expansion
         depthwise = conv(wide, wide, 3, stride, groups=wide)
-        self.conv = nn.Sequential(
-            *bn_relu(conv(inputs, wide), wide),
-            *bn_relu(depthwise, wide),
-            conv(wide, outputs),
-            nn.BatchNorm2d(outputs),
-        )
+        self.conv = nn.Sequential(*bn_relu(conv(inputs, wide), wide), *bn_relu(depthwise, wide),
+                                  conv(wide, outputs), nn.BatchNorm2d(outputs))
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x):
@@ -121,18 +107,11 @@ class Attention(nn.Module):
         return self.to_out(mixed.transpose(1, 2).flatten(-2))    # (B, N, width)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(width, hidden),
-            nn.ReLU(inplace=True),
-            nn.Identity(),  # a dropout of rate 0 in the release, whose number it keeps
-            nn.Linear(hidden, width),
-        )
-
-    def forward(self, x):
-        return self.net(x)
+def feed_forward(width, hidden):
+    return nn.Sequential(OrderedDict(net=nn.Sequential(
+        nn.Linear(width, hidden), nn.ReLU(inplace=True),
+        nn.Identity(),  # a dropout of rate 0 in the release, whose number it keeps
+        nn.Linear(hidden, width))))
 
 
 class PreNorm(nn.Module):
@@ -152,10 +131,8 @@ class METERBlock(nn.Module):
         super().__init__()
         self.conv1 = bn_relu(conv3x3(channels, channels), channels)
         self.conv2 = bn_relu(conv(channels, width), width)
-        layer = nn.Sequential(
-            PreNorm(width, Attention(width)),
-            PreNorm(width, FeedForward(width, mlp_ratio * width)),
-        )
+        layer = nn.Sequential(PreNorm(width, Attention(width)),
+                              PreNorm(width, feed_forward(width, mlp_ratio * width)))
         self.transformer = nn.ModuleDict({"layers": nn.Sequential(layer)})
         self.conv3 = bn_relu(conv(width, channels), channels)
         self.conv4 = bn_relu(conv3x3(2 * channels, channels), channels)
@@ -302,8 +279,10 @@ def read_file(path):
     """What torch.save wrote, without running code that may lie in it; or CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path.absolute()} does not exist as a file: give a best.pt.")
+    start = b""
     try:
-        start = path.open("rb").read(64).lstrip()
+        with path.open("rb") as file:
+            start = file.read(64).lstrip()
         with torch.serialization.safe_globals(numpy_scalars()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001  a damaged file may raise almost anything
@@ -314,8 +293,8 @@ def read_file(path):
         elif "GLOBAL" in str(error):
             reason = "holds Python objects, perhaps a whole model: save its state_dict() alone"
         else:
-            reason = f"is damaged or no checkpoint ({str(error).split('. ')[0][:200]}): get it again"
-        raise CheckpointError(f"{path} {reason}.") from error
+            reason = f"is damaged or no checkpoint ({' '.join(str(error).split())[:150]})"
+        raise CheckpointError(f"{path} {reason}: give a best.pt.") from error
 
 
 def numpy_scalars():

@@ -24,32 +24,15 @@ import torch
 import torch.nn.functional as F
 
 import data
+import model as meter
 from data import UserError, depth_metrics, log_line, normalise, number, show_picture
-from model import (
-    CENTIMETRES,
-    GREY_LEVELS,
-    LAYERS,
-    METER,
-    VARIANTS,
-    CheckpointError,
-    assigned_selectivity,
-    layer_thresholds,
-    load_checkpoint,
-    notebook_depth,
-    record,
-)
+from model import CENTIMETRES, GREY_LEVELS, assigned_selectivity, layer_thresholds, notebook_depth
 
-NOTEBOOK = {  # what --notebook changes of the flags' defaults
-    "epochs": 20,
-    "batch_size": 64,
-    "lr": 1e-4,
-    "schedule": "constant",
-    "amp": "off",
-    "augment": False,
-    "min_share": 0.0,
-}
+# What --notebook changes of the flags' defaults.
+NOTEBOOK = {"epochs": 20, "batch_size": 64, "lr": 1e-4, "schedule": "constant", "amp": "off",
+            "augment": False, "min_share": 0.0, "layers": ["dec_3", "enc_4"]}
 TERMS = "loss", "loss_depth", "loss_ssim", "loss_normal", "loss_grad"
-PLACES = {"data", "rooms", "raw_depth", "out", "resume", "graph"}  # flags that may change on resume
+PLACES = {"data", "rooms", "raw_depth", "out", "resume"}  # flags that may change on resume
 DRAW_EVERY = 20  # seconds: drawing takes longer than a short epoch on a GPU
 
 
@@ -121,9 +104,9 @@ def objective(prediction, depth, features, alpha, notebook=False, min_share=0.0)
     """What training minimises, and its terms: a dict of scalars.
 
     prediction, depth (B, 1, h, w) metres; features: the recorded activations (B, C, h, w) of each
-    regularised layer; alpha: float or scalar, negative. You et al. add alpha * selectivity to a loss
-    of about 1; here it is relative to the loss, as METER's is some hundreds. notebook: its units,
-    its bins, and alpha just added.
+    regularised layer; alpha: float or scalar, negative. You et al. add alpha * selectivity to a
+    loss of about 1; here it is relative to the loss, as METER's is some hundreds. notebook: its
+    units, its bins, and alpha just added.
     """
     terms = loss_terms(prediction, depth, GREY_LEVELS if notebook else CENTIMETRES)
     balanced = sum(terms.values())
@@ -201,19 +184,18 @@ def make_step(model, average, optimizer, scaler, autocast, args, mirror_shift=1)
     def step(image, depth, draws, rates):
         """Trains on a batch; returns all terms of its loss, (terms,), which stay on the device.
 
-        image (B, 3, 192, 256) uint8; depth (B, 1, 48, 64) metres; draws (B, 11 or 15), see
+        image (B, 3, 192, 256) uint8; depth (B, 1, 48, 64) metres; draws (B, 11), see
         `augment`; rates (3,), a row of `step_rates`.
         """
-        rate, alpha, weight = rates
-        optimizer.param_groups[0]["lr"].copy_(rate)
+        optimizer.param_groups[0]["lr"].copy_(rates[0])
+        _, alpha, weight = rates.float()
 
         image = image / 255
         if args.augment:
-            image, depth = data.augment(image, depth, draws, args.zoom, mirror_shift)
-        with autocast, record(model, layers) as features:
+            image, depth = data.augment(image, depth, draws, mirror_shift)
+        with autocast, meter.record(model, layers) as features:
             prediction = model(normalise(image))  # (B, 1, 48, 64) metres
-        terms = step_objective(
-            prediction, depth, features, alpha.float(), args.notebook, args.min_share)
+        terms = step_objective(prediction, depth, features, alpha, args.notebook, args.min_share)
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(terms["loss"]).backward()
@@ -221,7 +203,7 @@ def make_step(model, average, optimizer, scaler, autocast, args, mirror_shift=1)
         scaler.update()
         with torch.no_grad():
             for mean, x in pairs:
-                mean.lerp_(x, weight.float())
+                mean.lerp_(x, weight)
         return torch.stack(list(terms.values())).detach()
 
     return step
@@ -271,7 +253,7 @@ def evaluate(model, frames, args):
 
     rows = []
     for image, depth in frames.batches(max(args.batch_size, 256 * gpu)):
-        with record(model, layers) as features:
+        with meter.record(model, layers) as features:
             prediction = model(normalise(image / 255))  # (B, 1, h, w) metres
         terms = objective(prediction, depth, features, args.alpha, args.notebook, args.min_share)
         row = depth_metrics(prediction, depth)
@@ -294,18 +276,14 @@ def constant_rmse(frames):
 def draw_curves(rows, constant, path):
     """Loss, RMSE and the selectivity of the regularised layers over the epochs: the figure."""
     scores = [key for key in rows[0] if key.startswith("selectivity_")]
-    panels = {
-        "loss": ["loss", "val_loss"],
-        "RMSE on val, metres": ["rmse_m"],
-        "selectivity in training, -1 .. 1": scores,
-    }
+    panels = {"loss": ["loss", "val_loss"], "RMSE on val, metres": ["rmse_m"],
+              "selectivity in training, -1 .. 1": scores}
+    rows = rows[1:] or rows  # the first epoch would dwarf the others
     figure = data.new_figure(13 if scores else 9, 3.6)
     for axis, (title, keys) in zip(figure.subplots(1, 3 if scores else 2), panels.items()):
         for key in keys:
             axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], ".-", label=key)
-        later = [row[key] for row in rows[1:] or rows for key in keys]  # the first dwarfs the rest
-        axis.set_ylim(min(later) - 0.02 * abs(min(later)), max(later) + 0.02 * abs(max(later)))
-        if title.startswith("RMSE"):
+        if keys == ["rmse_m"]:
             axis.axhline(constant, ls="--", color="gray", label="mean depth everywhere")
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -325,9 +303,9 @@ def draw_predictions(model, splits, title, path):
         predictions = model(normalise(images / 255))
         errors = depth_metrics(predictions, depths)["rmse_m"]
         for image, depth, prediction, rmse, row in zip(images, depths, predictions, errors, axes):
-            true, guess = (x[0].where(depth[0] > 0, nan).cpu() for x in (depth, prediction))
+            true, guess = (x[0].where(depth[0] > 0, nan) for x in (depth, prediction))
             span = {"vmin": 0, "vmax": depth.max().item()}
-            show_picture(row[0], image.permute(1, 2, 0).cpu(), f"{name} image")
+            show_picture(row[0], image.permute(1, 2, 0), f"{name} image")
             show_picture(row[1], true, "true depth", **span)
             show_picture(row[2], guess, "predicted depth", "metres", **span)
             show_picture(row[3], guess - true, f"error (red: too near), RMSE {rmse:.2f} m",
@@ -340,45 +318,40 @@ def draw_predictions(model, splits, title, path):
 def parse_args(argv=None):
     p = data.new_parser(__doc__.splitlines()[0])
     data.add_source_arguments(p)
-    p.add_argument("--batch-size", type=number(int, 1), default=8, help="images a step")
+    add = p.add_argument
+    add("--batch-size", type=number(int, 1), default=8, help="images a step")
     # the regulariser
-    p.add_argument("--neuron-selective", action="store_true", help="regularise units of --layers")
-    p.add_argument("--alpha", type=number(float, -1e3, 0), default=-0.1,
-                   help="weight of selectivity relative to the loss: 0 none, -1 strong")
-    p.add_argument("--layers", nargs="+", choices=LAYERS, default=["dec_3", "enc_4"],
-                   metavar="LAYER", help=f"to regularise, out of {', '.join(LAYERS)}")
+    add("--neuron-selective", action="store_true", help="regularise units of --layers")
+    add("--alpha", type=number(float, -1e3, 0), default=-0.1,
+        help="weight of selectivity relative to the loss: 0 none, -1 strong")
+    add("--layers", nargs="+", choices=meter.LAYERS, default=["dec_1", "dec_2", "dec_3"],
+        metavar="LAYER", help=f"to regularise, out of {', '.join(meter.LAYERS)}")
     # the network and its training
-    p.add_argument("--variant", choices=VARIANTS, default="xxs", help="size of METER")
-    p.add_argument("--init", type=Path, help="checkpoint to start from, not random weights")
-    p.add_argument("--epochs", type=number(int, 1), default=12, help="passes over the split")
-    p.add_argument("--lr", type=number(float, 1e-9, 1), default=1e-3, help="AdamW's peak rate")
-    p.add_argument("--schedule", choices=["cosine", "step", "constant"], default="cosine",
-                   help="of --lr: warm-up and cosine to 0, METER's tenth every 20 epochs, or none")
-    p.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True,
-                   help="mirror, shift colours and depth")
-    p.add_argument("--zoom", type=number(float, 1, 4), default=1, help="crop and enlarge: 1.5")
-    p.add_argument("--notebook", action="store_true",
-                   help="as the notebook: grey levels, its bins and split, literal alpha; unless "
-                   f"given, {log_line(NOTEBOOK)}")
+    add("--variant", choices=meter.VARIANTS, default="xxs", help="size of METER")
+    add("--init", type=Path, help="checkpoint to start from, not random weights")
+    add("--epochs", type=number(int, 1), default=24, help="passes over the split")
+    add("--lr", type=number(float, 1e-9, 1), default=2e-3, help="AdamW's peak rate")
+    add("--schedule", choices=["cosine", "step", "constant"], default="cosine",
+        help="of --lr: warm-up and cosine to 0, METER's tenth every 20 epochs, or none")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True,
+        help="mirror, shift colours and depth")
+    add("--notebook", action="store_true",
+        help="as the notebook: grey levels, its bins and split, literal alpha; unless "
+        f"given, {log_line(NOTEBOOK)}")
     # the run
-    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0,
-                   help="of weights, order, augment")
-    p.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
-                   help="mixed precision; auto: bf16, or else fp16, on a GPU, off on a CPU")
-    p.add_argument("--compile", action="store_true", help="torch.compile; slow to start")
-    p.add_argument("--graph", action=argparse.BooleanOptionalAction, default=True,
-                   help="on a GPU, record the step once as a CUDA graph and replay it")
-    p.add_argument("--out", type=Path, help="run folder; default runs/baseline or runs/selective")
-    p.add_argument("--resume", action="store_true", help="continue from last.pt in --out")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, order, augment")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
+        help="mixed precision; auto: bf16, or else fp16, on a GPU, off on a CPU")
+    add("--compile", action="store_true", help="torch.compile; slow to start")
+    add("--out", type=Path, help="run folder; default runs/baseline or runs/selective")
+    add("--resume", action="store_true", help="continue from last.pt in --out")
     if p.parse_args(argv).notebook:
         p.set_defaults(**NOTEBOOK)
     args = p.parse_args(argv)
 
-    given = data.given_flags(argv)
-    if not args.neuron_selective and given & {"--alpha", "--layers", "--min-share"}:
-        p.error("--alpha, --layers and --min-share do nothing without --neuron-selective")
-    if not args.augment and "--zoom" in given:
-        p.error("--zoom does nothing with --no-augment, and --notebook does not augment")
+    idle = {"--alpha", "--layers", "--min-share"} & data.given_flags(argv)
+    if idle and not args.neuron_selective:
+        p.error(f"{', '.join(sorted(idle))} does nothing without --neuron-selective")
     if args.data and args.rooms:
         p.error("--rooms does nothing with --data")
     args.layers = list(dict.fromkeys(args.layers))  # each once
@@ -391,8 +364,8 @@ def start_or_resume(args, config):
     last = args.out / "last.pt"
     if args.resume and last.exists():
         try:
-            model, state = load_checkpoint(last)
-        except CheckpointError as error:
+            model, state = meter.load_checkpoint(last)
+        except meter.CheckpointError as error:
             raise UserError(f"{error} To go on, copy best.pt over it, or start another run with "
                             "--init best.pt.") from error
         old = state.get("config", {})
@@ -405,18 +378,18 @@ def start_or_resume(args, config):
 
     for name in ["last.pt", "best.pt"] + ["log.csv"] * args.resume:
         if (args.out / name).exists():
-            raise UserError(f"{args.out.absolute()} holds a run ({name}): --resume goes on from its "
-                            "last.pt, or from a best.pt copied there; or choose another --out.")
+            raise UserError(f"{args.out.absolute()} holds a run ({name}): --resume goes on from "
+                            "its last.pt, or a best.pt copied there; or choose another --out.")
     if args.resume:
         print(f"nothing to resume in {args.out.absolute()}: a new run.")
     if args.init:
-        model, _ = load_checkpoint(args.init)
+        model, _ = meter.load_checkpoint(args.init)
         if model.variant != args.variant:
             raise UserError(f"--init {args.init} is METER {model.variant}, not {args.variant}.")
         return model, {}
 
     torch.manual_seed(args.seed)
-    return METER(args.variant, GREY_LEVELS if args.notebook else CENTIMETRES), {}
+    return meter.METER(args.variant, GREY_LEVELS if args.notebook else CENTIMETRES), {}
 
 
 def check_compiler(device):
@@ -432,8 +405,7 @@ def save_epoch(out, checkpoint):
     """Writes last.pt and what follows from it: a run that was killed meanwhile does so again."""
     buffer = io.BytesIO()  # torch.save itself says nothing useful of a full disk
     torch.save(checkpoint, buffer)
-    names = ["last.pt"] + ["best.pt"] * (checkpoint["epoch"] == checkpoint["best_epoch"])
-    for name in names:
+    for name in ["last.pt"] + ["best.pt"] * (checkpoint["epoch"] == checkpoint["best_epoch"]):
         data.write(out / name, lambda file: file.write_bytes(buffer.getbuffer()))
     data.write_csv(out / "log.csv", checkpoint["rows"])
 
@@ -499,7 +471,7 @@ def run(args):
     if args.compile:
         model.compile(dynamic=False)
     step = make_step(model, average, optimizer, scaler, autocast, args, train.mirror_shift)
-    if gpu and args.graph:
+    if gpu:
         step = recorded(step)
 
     print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, amp {amp} | METER {args.variant}, "
@@ -513,7 +485,7 @@ def run(args):
         # What an epoch draws depends on the seed and its number alone: resumed runs are the same.
         rng = torch.Generator().manual_seed((args.seed * 100_003 + epoch) % 2**63)
         order = torch.randperm(len(train), generator=rng)
-        draws = torch.rand(len(train), data.DRAWS[args.zoom > 1], generator=rng)[order].to(device)
+        draws = torch.rand(len(train), data.DRAWS, generator=rng)[order].to(device)
         rates = step_rates(args, epoch, steps).to(device)
         start = time.monotonic()
 
@@ -556,7 +528,7 @@ def run(args):
             drawn = time.monotonic()
 
     best = args.out / "best.pt"
-    model, _ = load_checkpoint(best)
+    model, _ = meter.load_checkpoint(best)
     metrics = {"split": "test", "images": len(test), **evaluate(model.to(device), test, args)}
     data.write_json(args.out / "metrics.json", metrics)
     print(f"best.pt | {log_line(metrics)}\nnext: python dissect.py {best} --viz")
@@ -564,4 +536,4 @@ def run(args):
 
 
 if __name__ == "__main__":
-    data.run_command(main, CheckpointError)
+    data.run_command(main, meter.CheckpointError)

@@ -63,6 +63,19 @@ def packed(nyu, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def device():
+    """Where tests put their tensors: on the GPU if there is one. They compare on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """A GPU's fp32 is to be fp32, also after a run of train.py, which lets some of it be TF32."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture(autouse=True)
 def quick_figures(request, monkeypatch):
     """Drawing takes most of a tiny run's time: only tests with "figure" in their name draw."""

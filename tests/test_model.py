@@ -1,13 +1,29 @@
 """The network against a functional re-implementation, selectivity against slow loops."""
 import itertools
 import math
+import os
+import pickle
+import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import model
-from model import LAYERS, METER, assigned_selectivity, layer_thresholds, load_checkpoint, record
+import train
+from model import (
+    LAYERS,
+    METER,
+    CheckpointError,
+    assigned_selectivity,
+    layer_thresholds,
+    load_checkpoint,
+    record,
+    unit_selectivity,
+)
 
 PARAMETERS = {"xxs": 713_464, "xs": 1_449_760, "s": 3_295_168}
 ENCODER = {"xxs": (16, 16, 24, 24, 24, 48, 48, 64, 64, 80, 80, 160),       # enc_0 .. enc_output
@@ -167,6 +183,28 @@ def test_record_leaves_no_hook_behind():
     assert hook_count(network) == 0
 
 
+def test_record_takes_any_network_and_module_path():
+    inner = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Tanh())
+    network, image = nn.Sequential(inner, nn.Conv2d(4, 2, 1)), torch.randn(2, 3, 5, 7)
+    with record(network, ["0", "0.0", "1"]) as features:
+        answer = network(image)
+    expected = {"0.0": inner[0](image), "0": inner(image), "1": answer}
+    assert list(features) == list(expected)                            # as they fire
+    for path, x in expected.items():
+        assert torch.equal(features[path], x), path
+    for unknown in ("enc_4", "0.2", "tanh"):
+        with pytest.raises(ValueError, match=unknown), record(network, ["1", unknown]):
+            pass
+    assert hook_count(network) == 0
+
+    meter, image = random_meter(), torch.randn(1, 3, 64, 64)
+    names = ["enc_4", "encoder.mv2.3", "decoder.conv2d_out"]
+    with torch.no_grad(), record(meter, names) as features:
+        prediction = meter(image)
+    assert torch.equal(features["enc_4"], features["encoder.mv2.3"])
+    torch.testing.assert_close(features["decoder.conv2d_out"], prediction * 100)
+
+
 @pytest.mark.parametrize("amp", [False, True])
 def test_record_keeps_signs_and_passes_gradients_in_training(amp):
     network, image = METER().train(), torch.randn(2, 3, 64, 64)
@@ -208,6 +246,7 @@ def test_thresholds_are_those_of_the_paper():
 def test_depth_on_a_threshold_goes_to_the_lower_bin_and_missing_and_far_to_none():
     t = layer_thresholds(8)
     assert len(t) == 9 and len(layer_thresholds(160)) == 65
+    assert layer_thresholds(8, notebook=True)[-1].item() == pytest.approx(1000 / 255)  # 3.92 m
     depth = torch.cat([t, t[1:-1].nextafter(torch.tensor(99.0)), torch.tensor([10.001, 50])])
     member = model.bin_weights(depth.view(1, 1, 1, -1), t, (1, len(depth)))[0, :, 0]
     bins = [None, *range(8), *range(1, 8), None, None]
@@ -215,7 +254,18 @@ def test_depth_on_a_threshold_goes_to_the_lower_bin_and_missing_and_far_to_none(
     assert torch.equal(member, expected)
 
 
-def bin_masks(depth, units, notebook):
+def test_what_is_beyond_the_notebooks_last_bin_is_in_its_first_and_missing_stays_missing():
+    t = layer_thresholds(64, notebook=True)
+    last, beyond = t[-1].item(), t[-1].nextafter(torch.tensor(99.0)).item()
+    depth = torch.tensor([0, 0.01, 0.7, 3.9, last, beyond, 10, 80]).view(1, 1, 2, 4)
+    binned = model.notebook_depth(depth)
+    assert torch.equal(binned.flatten()[:5], depth.flatten()[:5])
+    for units in (8, 24, 160):
+        number = torch.bucketize(binned.flatten(), layer_thresholds(units, notebook=True))
+        assert number[0] == 0 and number[5:].tolist() == [1, 1, 1]     # 0: no bin; 1: the first
+
+
+def slow_masks(depth, units, notebook):
     """Pixels of each bin, spelt out: depth (H, W) metres, or in grey levels for the notebook."""
     bins, far = min(units, 64), 100 if notebook else 10
     t = [math.exp(math.log(far + 0.25) * i / (bins - 1)) - 0.25 for i in range(bins - 1)]
@@ -226,9 +276,9 @@ def bin_masks(depth, units, notebook):
 
 
 def random_depth(notebook, batch=2):
-    """Few depths, so that some bins are empty; also none, and beyond the last bin."""
-    choice = [5.0, 20, 23, 88, 100, 101, 255] if notebook else [0.0, 0.5, 1, 1.02, 3, 7, 11, 40]
-    choice = torch.tensor(choice)
+    """Few depths, so that some bins are empty or rare; also none, and beyond the last bin."""
+    often = [5.0, 20, 23, 88, 100, 101, 255] if notebook else [0.0, 0.5, 1, 1.02, 3, 7, 11, 40]
+    choice = torch.tensor(often * 6 + [50.0 if notebook else 5.0])
     return choice[torch.randint(len(choice), (batch, 1, 48, 64))]
 
 
@@ -248,7 +298,7 @@ def test_bin_sums_match_a_loop_over_up_sampled_maps(height):
     features = torch.randn(3, 5, height, height * 4 // 3)
     depth = random_depth(notebook=False, batch=3)
     up = F.interpolate(features, (48, 64), mode="bilinear", align_corners=False)
-    masks = [bin_masks(d, 64, notebook=False) for d in depth[:, 0]]
+    masks = [slow_masks(d, 64, notebook=False) for d in depth[:, 0]]
     slow = [sum(x[:, mask[k]].sum(1) for x, mask in zip(up, masks)) for k in range(64)]
     weights = model.bin_weights(depth, layer_thresholds(64), features.shape[-2:])
     found = model.bin_sums(features, weights)
@@ -257,35 +307,56 @@ def test_bin_sums_match_a_loop_over_up_sampled_maps(height):
     torch.testing.assert_close(weights.sum((2, 3)), pixels, rtol=1e-5, atol=1e-3)
 
 
-def slow_selectivity(features, depth, notebook):
+@pytest.mark.parametrize("height", [12, 48, 96])
+def test_activations_of_bf16_are_added_up_in_fp32(height):
+    torch.manual_seed(0)
+    features = torch.rand(4, 3, height, height * 4 // 3).bfloat16()
+    weights = model.bin_weights(random_depth(notebook=False, batch=4), layer_thresholds(8),
+                                features.shape[-2:])
+    found = model.bin_sums(features, weights)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, model.bin_sums(features.float(), weights))
+
+
+def slow_score(response, count, own, min_share):
+    """Selectivity of a unit for the bin `own`, spelt out; response and count: one of each bin."""
+    enough = min_share * sum(count)
+    others = [response[k] for k in range(len(count))
+              if k != own and (count[k] > enough or min_share == 0)]
+    if not count[own] > enough:
+        return 0.0
+    other = sum(others) / max(len(others), 1)
+    return (response[own] - other) / (response[own] + other + 1e-15)
+
+
+def slow_selectivity(features, depth, notebook, min_share):
     """FACTS 2, image by image and bin by bin: assigned bin against the mean of the other bins."""
     units = features.shape[1]
     bins = min(units, 64)
     total, count = torch.zeros(units, bins), torch.zeros(bins)
     for x, d in zip(features.abs(), depth[:, 0]):
         x = F.interpolate(x[None], d.shape, mode="bilinear", align_corners=False)[0]
-        for k, mask in enumerate(bin_masks(d, units, notebook)):
+        for k, mask in enumerate(slow_masks(d, units, notebook)):
             total[:, k] += x[:, mask].sum(1)
             count[k] += mask.sum()
-    assert 0 < (count == 0).sum() < bins
+    assert 0 < (count == 0).sum() < (count <= 0.05 * count.sum()).sum() < bins
     score = 0
     for unit in range(units):
-        response, own = total[unit] / count.clamp(min=1), unit * bins // units
-        if count[own] > 0:
-            other = (response[:own].sum() + response[own + 1:].sum()) / (bins - 1)
-            score += (response[own] - other) / (response[own] + other + 1e-15)
+        score += slow_score(total[unit] / count.clamp(min=1), count.tolist(),
+                            unit * bins // units, min_share)
     return score / units
 
 
-@pytest.mark.parametrize("notebook", [False, True])
+@pytest.mark.parametrize("notebook, min_share", [(False, 0), (True, 0), (False, 0.05)])
 @pytest.mark.parametrize("units, height", LAYER_SHAPES)
-def test_assigned_selectivity_and_its_gradient_match_a_slow_loop(units, height, notebook):
+def test_assigned_selectivity_and_its_gradient_match_a_slow_loop(
+        units, height, notebook, min_share):
     torch.manual_seed(units)
     features = torch.randn(2, units, height, height * 4 // 3, requires_grad=True)
     units_depth = random_depth(notebook)                                   # metres or grey levels
     depth = model.notebook_depth(units_depth * (10 / 255)) if notebook else units_depth
-    fast = assigned_selectivity(features, depth, layer_thresholds(units, notebook))
-    slow = slow_selectivity(features, units_depth, notebook)
+    fast = assigned_selectivity(features, depth, layer_thresholds(units, notebook), min_share)
+    slow = slow_selectivity(features, units_depth, notebook, min_share)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-6)
     gradients = [torch.autograd.grad(x, features)[0] for x in (fast, slow)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * gradients[1].abs().max().item())
@@ -301,14 +372,58 @@ def test_a_unit_whose_bin_is_absent_counts_0_and_gets_no_gradient():
     assert [bool(x) for x in features.grad.abs().sum((0, 2, 3))] == [k in (1, 4) for k in range(8)]
 
 
-@pytest.mark.parametrize("min_share, units", [(0.24, (1, 4)), (0.25, (4,)), (0.75, ())])
-def test_bins_with_no_more_than_min_share_of_the_measured_pixels_are_left_out(min_share, units):
-    features = torch.rand(2, 8, 6, 8, requires_grad=True)
+def test_units_of_a_bin_with_no_more_than_min_share_of_the_measured_pixels_get_no_gradient():
     depth = torch.full((2, 1, 48, 64), 3.0)                                # bin 4 of 8
     depth[:, :, :, 32:] = 0                                                # missing
     depth[:, :, :12, :32] = 1.0                                            # bin 1, a quarter
-    assigned_selectivity(features, depth, layer_thresholds(8), min_share).backward()
-    assert [bool(x) for x in features.grad.abs().sum((0, 2, 3))] == [k in units for k in range(8)]
+    depth[:, :, 12:18, :32] = 7.0                                          # bin 6, an eighth
+    for min_share, units in ((0, (1, 4, 6)), (0.12, (1, 4, 6)), (0.125, (1, 4)), (0.75, ())):
+        features = torch.rand(2, 8, 6, 8, requires_grad=True)
+        score = assigned_selectivity(features, depth, layer_thresholds(8), min_share)
+        score.backward()
+        moved = features.grad.abs().sum((0, 2, 3))
+        assert [bool(x) for x in moved] == [k in units for k in range(8)], min_share
+    assert score == 0 and features.grad.isfinite().all()
+
+
+# Of 1,024 pixels; 1 / 1,024 of them is exactly one.
+COUNT = torch.tensor([0, 1.0, 2, 21, 100, 400, 500, 0])
+
+
+@pytest.mark.parametrize("units", [8, 20])
+@pytest.mark.parametrize("pixels", [0, 0.5, 1, 2, 50, 450, 500])
+def test_rare_bins_are_neither_assigned_to_nor_among_the_others(pixels, units):
+    torch.manual_seed(units)
+    response, min_share = torch.rand(units, 8) * (COUNT > 0), pixels / 1024
+    response[3] = 0                                                        # a dead unit
+    counted = model.counted_bins(COUNT, min_share)
+    assert counted.tolist() == [pixels == 0 or x > pixels for x in COUNT.tolist()]
+
+    found = unit_selectivity(response, COUNT, min_share)
+    assigned = [unit * 8 // units for unit in range(units)]
+    slow = [slow_score(r, COUNT.tolist(), own, min_share)
+            for r, own in zip(response.tolist(), assigned)]
+    assert found.tolist() == pytest.approx(slow, abs=1e-6)
+    if counted.any():                                  # the same of any bin, one that counts
+        chosen = counted.nonzero()[:, 0][torch.randint(counted.sum(), (units,))]
+        found = model.selectivity(response, chosen, counted)
+        slow = [slow_score(r, COUNT.tolist(), own, min_share) if COUNT[own] else -1.0
+                for r, own in zip(response.tolist(), chosen.tolist())]
+        slow[3] = 0
+        assert found.tolist() == pytest.approx(slow, abs=1e-6)
+
+
+def test_min_share_0_is_the_papers_form_in_which_empty_bins_are_zeros_among_the_others():
+    response = torch.tensor([[2.0, 0, 0, 1], [0, 0, 0, 3]])
+    count = torch.tensor([5.0, 0, 0, 5])
+    by_hand = torch.tensor([(2 - 1 / 3) / (2 + 1 / 3), 0])                 # bins 0 and 2
+    torch.testing.assert_close(unit_selectivity(response, count), by_hand)
+    torch.testing.assert_close(unit_selectivity(response, count, 0.0), by_hand)
+    rare = torch.tensor([(2 - 1) / (2 + 1), 0])
+    torch.testing.assert_close(unit_selectivity(response, count, 1e-9), rare)
+    own = torch.tensor([0, 3])
+    by_hand = torch.tensor([(2 - 1 / 3) / (2 + 1 / 3), 1])
+    torch.testing.assert_close(model.selectivity(response, own), by_hand)
 
 
 def test_selectivity_is_1_for_one_bin_and_0_for_none_and_for_equal_ones():
@@ -320,6 +435,47 @@ def test_selectivity_is_1_for_one_bin_and_0_for_none_and_for_equal_ones():
 def test_units_are_assigned_to_bins_in_order():
     assert model.assigned_bins(160, 64).tolist() == [math.floor(k * 64 / 160) for k in range(160)]
     assert model.assigned_bins(24, 24).tolist() == list(range(24))
+
+
+FEATURES = {"enc_9": (2, 80, 6, 8), "dec_3": (2, 8, 48, 64)}
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected")
+@pytest.mark.parametrize("notebook, backend", [(False, "aot_eager"), (True, "eager")])
+def test_the_objective_is_the_same_compiled(notebook, backend):
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    features = {name: torch.randn(shape, requires_grad=True) for name, shape in FEATURES.items()}
+    depth = random_depth(notebook=False).clamp(max=10)
+    prediction = torch.rand(2, 1, 48, 64, requires_grad=True)
+    leaves, found = [prediction, *features.values()], []
+    compiled = torch.compile(train.objective, backend=backend, dynamic=False, fullgraph=True)
+    for objective in (train.objective, compiled):
+        terms = objective(prediction, depth, features, torch.tensor(-0.5), notebook, 0.001)
+        found.append((terms, torch.autograd.grad(terms["loss"], leaves)))
+    torch.testing.assert_close(*found)
+    torch.compiler.reset()
+
+
+def test_no_integer_is_written_where_a_graph_has_floats():
+    """Compiled for a GPU, scatter_(1, index, 1) makes integers: a CPU never shows it."""
+    features = {name: torch.randn(shape) for name, shape in FEATURES.items()}
+
+    def objective(prediction, depth, features):
+        return train.objective(prediction, depth, features, torch.tensor(-0.5), False, 0.001)
+
+    depth = random_depth(notebook=False)
+    assert model.bin_masks(depth, layer_thresholds(8)).dtype == torch.float32
+    nodes = make_fx(objective)(torch.rand(depth.shape), depth, features).graph.nodes
+    written = []
+    for node in nodes:
+        name = getattr(getattr(node.target, "_schema", None), "name", "")
+        if any(word in name for word in ("scatter", "fill", "where", "pad")):
+            scalars = [x for x, argument in zip(node.args, node.target._schema.arguments)
+                       if str(argument.type) == "number"]
+            written += [(name, x) for x in scalars if node.meta["val"].is_floating_point()]
+    assert "aten::scatter_" in [name for name, _ in written]
+    assert [pair for pair in written if not isinstance(pair[1], float)] == []
 
 
 CONTENTS = {  # file content -> units per metre
@@ -338,6 +494,52 @@ def test_load_checkpoint_reads_three_kinds_of_file(tmp_path, kind, variant):
     assert (network.variant, network.units_per_metre) == (variant, units)
     assert content.keys() == wrap(weights).keys()
     torch.testing.assert_close(network.state_dict(), weights)
+
+
+def prefixed(prefix, weights):
+    return {prefix + key: x for key, x in weights.items()}
+
+
+FOREIGN = {  # as others save: units per metre
+    "DataParallel": (lambda s: prefixed("module.", s), 100),
+    "compiled": (lambda s: {"state_dict": prefixed("_orig_mod.", s), "epoch": 3}, 100),
+    "Lightning": (lambda s: {"state_dict": prefixed("model.", s), "global_step": 9}, 100),
+    "net": (lambda s: {"net": prefixed("module._orig_mod.", s), "acc": 0.5}, 100),
+    "model": (lambda s: {"model": prefixed("_orig_mod.module.", s)}, 100),
+    "net in net": (lambda s: {"net": prefixed("net.", s)}, 100),
+    "notebook's, DataParallel": (lambda s: {"model_state_dict": prefixed("module.", s)}, 25.5)}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_load_checkpoint_reads_what_others_save(tmp_path, kind):
+    wrap, units = FOREIGN[kind]
+    weights = random_meter().state_dict()
+    for zipped in (True, False):                                           # also torch's old format
+        torch.save(wrap(weights), tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+        network, _ = load_checkpoint(str(tmp_path / "x.pth"))
+        assert network.units_per_metre == units
+        torch.testing.assert_close(network.state_dict(), weights)
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_load_checkpoint_reads_numpy_scalars_of_numpy_1_and_2(tmp_path, module):
+    class Pickler(pickle._Pickler):
+        def save_global(self, thing, name=None):
+            if getattr(thing, "__name__", "") != "scalar":
+                return super().save_global(thing, name)
+            self.write(pickle.GLOBAL + f"{module}\nscalar\n".encode())
+            self.memoize(thing)
+
+    scalars = {"epoch": np.int64(7), "val_loss": np.float64(61.0625), "rmse": np.float32(0.5)}
+    content = scalars | {"model_state_dict": METER().state_dict(),
+                         "selectivity": {"dec_3": np.float64(-0.25)}}
+    torch.save(content, tmp_path / "best_meter_model.pth",
+               types.SimpleNamespace(__name__="pickle", Pickler=Pickler))
+    assert module.encode() in (tmp_path / "best_meter_model.pth").read_bytes()
+    network, found = load_checkpoint(tmp_path / "best_meter_model.pth")
+    assert network.units_per_metre == 25.5 and found["selectivity"] == {"dec_3": -0.25}
+    assert {key: found[key] for key in scalars} == scalars
+    assert [found[key].dtype for key in scalars] == [x.dtype for x in scalars.values()]
 
 
 class Code:
@@ -359,39 +561,69 @@ def save_broken(key, change):
     return save
 
 
-STEM = "encoder.conv1.0.depthwise.weight"
-BROKEN = {
-    "text file": lambda path: path.write_text("hello"),
-    "empty file": lambda path: path.write_bytes(b""),
-    "missing file": lambda path: None,
-    "folder": lambda path: path.mkdir(),
-    "pickle with code": lambda path: torch.save({"model": Code(path.with_name("ran"))}, path),
-    "cut short": lambda path: (torch.save(METER().state_dict(), path),
-                               path.write_bytes(path.read_bytes()[:100_000])),
-    "missing key": save_broken(STEM, lambda x: None),
-    "missing last encoder key": save_broken("encoder.conv2.0.weight", lambda x: None),
-    "extra key": save_broken("encoder.extra", lambda x: torch.ones(1)),
-    "nan": save_broken(STEM, lambda x: x * math.nan),
-    "infinity": save_broken(STEM, lambda x: x * math.inf),
-    "no units": lambda path: torch.save(
-        {"model": METER().state_dict(), "units_per_metre": 0.0}, path),
-    "wrong shape": save_broken(STEM, lambda x: x[:, :2]),
-    "wrong size": save_broken("encoder.conv2.0.weight", lambda x: x[:37]),
-    "not a tensor": save_broken(STEM, lambda x: 3),
-    "units in words": lambda path: torch.save(
-        {"model": METER().state_dict(), "units_per_metre": "cm"}, path),
-    "list": lambda path: torch.save([1, 2], path)}
+STEM, LAST = "encoder.conv1.0.depthwise.weight", "encoder.conv2.0.weight"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:327cddf3\nsize 2900000\n"
+DAMAGED, NO_METER = "is damaged or no checkpoint", "is no METER"
+BROKEN = {  # how to write it, and what the sentence says
+    "text file": (lambda path: path.write_text("hello"), DAMAGED),
+    "empty file": (lambda path: path.write_bytes(b""), DAMAGED),
+    "missing file": (lambda path: None, "does not exist"),
+    "folder": (lambda path: path.mkdir(), "does not exist as a file"),
+    "dangling link": (lambda path: path.symlink_to("nowhere"), "does not exist"),
+    "link to itself": (lambda path: path.symlink_to(path), "does not exist"),
+    "Git LFS pointer": (lambda path: path.write_text(LFS), "git lfs pull"),
+    "web page": (lambda path: path.write_text("\n<!DOCTYPE html><html>404"), "is a web page"),
+    "photo": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), DAMAGED),
+    "whole model": (lambda path: torch.save(METER(), path), "state_dict()"),
+    "whole model, in a container": (lambda path: torch.save({"net": METER()}, path),
+                                    "state_dict()"),
+    "pickle with code": (lambda path: torch.save({"model": Code(path.with_name("ran"))}, path),
+                         "holds Python objects"),
+    "plain pickle": (lambda path: path.write_bytes(
+        pickle.dumps(Code(path.with_name("ran")), protocol=2)), "holds Python objects"),
+    "cut short": (lambda path: (torch.save(METER().state_dict(), path),
+                                path.write_bytes(path.read_bytes()[:100_000])), DAMAGED),
+    "missing key": (save_broken(STEM, lambda x: None), STEM),
+    "missing last encoder key": (save_broken(LAST, lambda x: None), LAST),
+    "extra key": (save_broken("encoder.extra", lambda x: torch.ones(1)), "encoder.extra"),
+    "nan": (save_broken(STEM, lambda x: x * math.nan), f"nan or infinity in ['{STEM}']"),
+    "infinity": (save_broken(STEM, lambda x: x * math.inf), f"nan or infinity in ['{STEM}']"),
+    "no units": (lambda path: torch.save(
+        {"model": METER().state_dict(), "units_per_metre": 0.0}, path), "0.0 units per metre"),
+    "wrong shape": (save_broken(STEM, lambda x: x[:, :2]), STEM),
+    "wrong size": (save_broken(LAST, lambda x: x[:37]), NO_METER),
+    "not a tensor": (save_broken(STEM, lambda x: 3), NO_METER),
+    "units in words": (lambda path: torch.save(
+        {"model": METER().state_dict(), "units_per_metre": "cm"}, path), "'cm'"),
+    "list": (lambda path: torch.save([1, 2], path), NO_METER),
+    "nothing": (lambda path: torch.save({}, path), NO_METER),
+    "another network": (lambda path: torch.save(nn.Linear(2, 2).state_dict(), path), NO_METER)}
+
+
+def reason(path):
+    """The sentence with which load_checkpoint refuses a file."""
+    with pytest.raises(CheckpointError) as refused:
+        load_checkpoint(path)
+    assert isinstance(refused.value, ValueError)
+    return str(refused.value)
 
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_load_checkpoint_ends_with_a_sentence_and_runs_no_code(tmp_path, fault):
-    path = tmp_path / "broken.pt"
-    BROKEN[fault](path)
-    with pytest.raises(SystemExit) as stopped:
-        load_checkpoint(path)
-    message = stopped.value.code
-    assert message.startswith("error: ") and str(path) in message and "\n" not in message
+    path, (save, sentence) = tmp_path / "broken.pt", BROKEN[fault]
+    save(path)
+    message = reason(path)
+    assert str(path) in message and sentence in message and "\n" not in message
     assert len(message) < 600 and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in this file system")
+def test_load_checkpoint_does_not_wait_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    writer = os.open(tmp_path / "pipe.pt", os.O_RDWR | os.O_NONBLOCK)  # a reader would not hang
+    os.write(writer, b"hello" * 999)
+    assert "does not exist as a file" in reason(tmp_path / "pipe.pt")
+    os.close(writer)
 
 
 def test_layers_without_a_final_relu_are_those_that_answer_with_both_signs():
