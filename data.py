@@ -48,6 +48,7 @@ DEPTH_SIZE = 48, 64            # and of its output
 MEAN = 0.485, 0.456, 0.406     # ImageNet's, of RGB in 0..1
 STD = 0.229, 0.224, 0.225
 FORMS = {"image": ((*SIZE, 3), "u1"), "depth": ((1, *DEPTH_SIZE), "<f4")}  # of a packed frame
+BYTES = 159_744                # of a packed frame
 DRAWS = 11                     # random numbers that `augment` takes for a frame
 ROOMS = 400                    # synthetic rooms to train on, unless --rooms says otherwise
 KAGGLE_INPUT = Path("/kaggle/input")
@@ -60,8 +61,7 @@ HOW_TO_GET_NYU = "README, Data, tells how to get NYU Depth V2 (4.1 GB); then poi
 TEST_BITS = (
     "wIfIH//mAb4AHh/gAAAOD7yAAOADvx///8PwHAAAAEABA4P4AfwHOA/+AAM/8AAB/DgAPAAH4P8AB8/4AAAAH7/8OOAO"
     "P//gPgPAPhj4APwYYcMfn4fM4H+MHzwDAAP////gAfB8DgD//HD8DgAAAABwDgceAOADzn+AA+DwcA4BxgGYwAA/8f9/"
-    "eA4/4wH//H5nPwHw//HwfOADx/+APw/+5/BgAPPwOPAZgAH+f4P8DweA/4A="
-)
+    "eA4/4wH//H5nPwHw//HwfOADx/+APw/+5/BgAPPwOPAZgAH+f4P8DweA/4A=")
 
 
 # Synthetic rooms: boxes in a box, seen by a camera like the Kinect of NYU Depth V2.
@@ -90,10 +90,8 @@ PAINT = """
 
 def make_rooms(numbers, seed=0, device="cpu"):
     """Images (B, 3, 192, 256) uint8, z-depths (B, 1, 48, 64) in metres of the rooms `numbers`.
-
     x points right, y up, z forward, in metres; the origin is the middle of the room. A box is half
-    its size (x, y, z) and its center. Box 0 is the room itself, seen from within.
-    """
+    its size (x, y, z) and its center. Box 0 is the room itself, seen from within."""
     rooms = [torch.Generator().manual_seed(seed * 10**6 + n) for n in numbers.tolist()]
 
     def draw(table):
@@ -188,10 +186,8 @@ class UserError(Exception):
 
 class Source:
     """Frames that Pillow decodes: a subclass's read(pool, name) gives image, depth and its unit.
-
-    names[pool] is what each frame is called; `faults` collects what is wrong with them.
-    """
-    block = 256       # frames that are decoded or drawn at a time
+    names[pool] is what each frame is called; `faults` collects what is wrong with them."""
+    at_once = 256     # frames that are decoded or drawn
     rooms = None      # how many, if they are drawn
     mirror_shift = 1  # see `augment`
 
@@ -209,8 +205,8 @@ class Source:
     def blocks(self, pool, indices):
         """Yields (slice, images, depths), a block of frames at a time."""
         n = len(indices)
-        for start in progress(range(0, n, self.block), f"read {pool}", n, self.block):
-            rows = slice(start, start + self.block)
+        for start in progress(range(0, n, self.at_once), f"read {pool}", n, self.at_once):
+            rows = slice(start, start + self.at_once)
             image, depth = self.frames(pool, indices[rows])
             self.check(pool, indices[rows], depth)
             yield rows, image, depth
@@ -239,17 +235,15 @@ class Source:
         for i, part in zip(indices, depth):
             low, high = part.aminmax()
             if low < 0 or not 0 < high <= 100:  # nor is nan
-                self.faults.append(f"{self.path}, {pool} frame {self.names[pool][i]}: depth is "
-                                   "nan, negative, above 100 m or missing everywhere")
+                name = f"{self.path}, {pool} frame {self.names[pool][i]}"
+                self.faults.append(f"{name}: depth is nan, negative, above 100 m or all missing")
 
 
 def mirror_shift(width):
     """Pixels (of 256) by which `augment` moves the mirror image of a frame of this width.
-
-    Pillow's NEAREST takes one pixel for a cell of `step`: the middle one, or the right one of the
-    two in the middle, at .625 of the cell if the frame has 256 pixels and at .55 if it has 640.
-    Mirrored it stands at .375 or .45, which is 1 or .4 pixels of 256 away.
-    """
+    Pillow's NEAREST takes one pixel for a cell of `step`: the middle one, or the right one of two,
+    at .625 of the cell if the frame has 256 pixels and at .55 if it has 640. Mirrored it stands at
+    .375 or .45, which is 1 or .4 pixels of 256 away."""
     step = width / DEPTH_SIZE[1]
     place = (int(step / 2) + 0.5) / step
     return round(8 * (place - 0.5))
@@ -274,27 +268,21 @@ class KaggleFolder(Source):
                             f"nyu2_train.csv up to four folders below {path}.\n{HOW_TO_GET_NYU}")
 
     def read(self, pool, name):
-        for path in name:
-            if not os.path.isfile(path):  # a pipe would never end
-                raise FileNotFoundError(f"No such file: {path}")
+        if not all(map(os.path.isfile, name)):  # a pipe would never end
+            raise FileNotFoundError("No such file")
         image, depth = map(Image.open, name)
         if depth.mode not in self.MODES[pool]:
-            raise ValueError(f"depth of mode {depth.mode}: training depth is grey of 8-bit, 255 = "
-                             "10 m, test depth grey of 16-bit, in millimetres")
+            raise ValueError(f"depth of mode {depth.mode}: 8-bit grey to train, 16-bit mm to test")
         return to_rgb(image), depth, self.METRES[pool]
 
 
 def read_list(folder, name):
-    """Pairs of paths from Kaggle's CSV of this name, also as spreadsheets and Windows save it.
-
-    It lies in the folder or below it; [] if there is none: the notebook needs no test.
-    """
+    """Pairs of paths from Kaggle's CSV of this name, here or below; [] if there is none."""
+    found = []
     for depth in range(5):
-        found = [file for file in folder.glob("*/" * depth + name) if file.is_file()]
-        if found:
-            break
+        found = found or [file for file in folder.glob("*/" * depth + name) if file.is_file()]
     if not found:
-        return []
+        return []  # the notebook needs no test
     path = max(found, key=lambda file: (len(str(file)), file))  # versions/10, not versions/9
 
     try:
@@ -302,6 +290,7 @@ def read_list(folder, name):
         rows = list(csv.reader(text.split("\n"), delimiter="," if "," in text else ";"))
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is no CSV in UTF-8 ({error}): get it again.") from error
+    # Spreadsheets and Windows add empty cells, other separators and other slashes.
     pairs = [[cell.strip().replace("\\", "/") for cell in row if cell.strip()] for row in rows]
     pairs = [pair for pair in pairs if pair]
     odd = [pair for pair in pairs if len(pair) != 2 or "\0" in "".join(pair)]
@@ -330,9 +319,7 @@ class LabeledMat(Source):
 
 class Packed(Source):
     """Written by `pack`: <pool>/image and <pool>/depth, each in one piece.
-
-    They are mapped: what lies there is read when it is used, and may be larger than memory.
-    """
+    They are mapped: what lies there is read when it is used, and may be larger than memory."""
 
     def __init__(self, path, file):
         self.mirror_shift = int(file.attrs["mirror_shift"])
@@ -342,8 +329,7 @@ class Packed(Source):
             offset = found.id.get_offset()
             n = len(names.setdefault(pool, range(len(found))))
             if offset is None or found.shape != (n, *shape) or found.dtype != kind:
-                raise UserError(f"{path} is damaged: {pool}/{key} {found.shape} is not {n} of "
-                                f"{kind} {shape}: pack it again.")
+                raise UserError(f"{path} is damaged ({pool}/{key} {found.shape}): pack it again.")
             mapped = np.memmap(path, kind, "c", offset, found.shape)
             self.arrays[pool, key] = torch.from_numpy(mapped)
         super().__init__(path, names)
@@ -359,11 +345,9 @@ class Packed(Source):
 
 class Rooms(Source):
     """Rooms drawn by `make_rooms`: numbers from 0 for training, from a billion for the test."""
-    block = 16  # more would not fit a CPU's cache, nor a small GPU
-
     def __init__(self, rooms, device):
-        self.rooms = rooms
-        self.device = device
+        self.rooms, self.device = rooms, device
+        self.at_once = 64 if torch.device(device).type == "cuda" else 16
         tests = range(10**9, 10**9 + max(rooms // 5, 1))
         super().__init__(None, {"train": range(rooms), "test": tests})
 
@@ -374,11 +358,10 @@ class Rooms(Source):
 
 
 def open_source(data=None, raw_depth=False, rooms=None, device="cpu"):
-    """The source behind --data, --raw-depth, --rooms; if none is given, NYU where Kaggle keeps it.
-
-    UserError if there is none.
-    """
-    if data is None and rooms is None:
+    """The source behind --data, --raw-depth, --rooms, or NYU on Kaggle; UserError if none."""
+    if data and rooms:
+        raise UserError("--rooms does nothing with --data: give one of them.")
+    if not data and not rooms:
         data = find_kaggle()
     if data is None:
         source = Rooms(rooms or ROOMS, device)
@@ -388,8 +371,7 @@ def open_source(data=None, raw_depth=False, rooms=None, device="cpu"):
     elif os.path.isfile(data):
         source = open_hdf5(os.path.abspath(data), raw_depth)
     else:
-        raise UserError(f"--data {os.path.abspath(data)} does not exist as a folder, .mat or .h5."
-                        f"\n{HOW_TO_GET_NYU}")
+        raise UserError(f"--data {os.path.abspath(data)} does not exist.\n{HOW_TO_GET_NYU}")
     if raw_depth and not isinstance(source, LabeledMat):
         raise UserError("--raw-depth chooses a depth of the labelled .mat, and --data is none.")
     return source
@@ -412,15 +394,15 @@ def open_hdf5(path, raw_depth):
     try:
         file = h5py.File(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be opened as HDF5 ({error}): get it again if it is cut or "
-                        "no HDF5; else another program holds it or you may not read it.") from error
+        broken = "signature" in str(error) or "truncated" in str(error)
+        advice = "get it again" if broken else "another program holds it, or you may not read it"
+        raise UserError(f"{path} cannot be opened as HDF5 ({error}): {advice}.") from error
 
     if file.attrs.get("format") == PACKED:
         return Packed(path, file)
     if "images" in file:
         return LabeledMat(path, file, raw_depth)
-    kind = file.attrs.get("format")
-    raise UserError(f"{path} was not packed by this data.py (format {kind!r}): pack it again.")
+    raise UserError(f"{path} was not packed by this data.py {dict(file.attrs)}: pack it again.")
 
 
 def dataset(file, name):
@@ -428,14 +410,17 @@ def dataset(file, name):
     found = file.get(name)
     if (not isinstance(found, h5py.Dataset) or found.file.filename != file.filename
             or found.external or found.is_virtual):
-        raise UserError(f"{file.filename} lacks {name}, or has it elsewhere: get or pack it again.")
+        raise UserError(f"{file.filename} lacks {name} or has it elsewhere: get or pack it again.")
     return found
 
 
 def pack(source, path):
     """Write all frames of a source to one .h5: whole or not at all, in bounded memory."""
-    if not source.names["test"]:
+    if not len(source.names["test"]):
         raise UserError(f"{source.path} lacks nyu2_test.csv.")
+    need, free = sum(map(len, source.names.values())) * BYTES, shutil.disk_usage(path.parent).free
+    if need > free:
+        raise UserError(f"{path.absolute()} needs {need:,} bytes, and {free:,} are free.")
     source.frames("train", range(1))  # sets mirror_shift
 
     def save(temporary):
@@ -448,9 +433,6 @@ def pack(source, path):
                 made = file.create_dataset(f"{pool}/{key}", shape, kind)
                 made[0] = 0  # now it has its place
                 offsets[pool, key] = made.id.get_offset()
-        need, free = os.path.getsize(temporary), shutil.disk_usage(temporary.parent).free
-        if need > free:
-            raise UserError(f"{path.absolute()} needs {need:,} bytes, {free:,} are free.")
 
         with open(temporary, "r+b") as file:
             for pool in POOLS:
@@ -468,10 +450,8 @@ def pack(source, path):
 
 def split_indices(n, split, notebook=False):
     """Which of the n frames of its pool are "train", "val" or "test": a range.
-
     In file order: a random split would leak scenes. Ours: test is the source's own pool, val the
-    last 10 % of train. Notebook's: 80/10/10 of train.
-    """
+    last 10 % of train. Notebook's: 80/10/10 of train."""
     if split == "test" and not notebook:
         return range(n)
     val = int(0.8 * n) if notebook else n - n // 10
@@ -488,18 +468,15 @@ def stop_on_faults(source):
 
 class Frames:
     """One split: image uint8 (n, 192, 256, 3), depth float32 (n, 1, 48, 64), in metres.
-
-    On the device if they fill less than half of it; else in host memory or mapped from a file.
-    Says what depth they hold; UserError if there is none.
-    """
+    On the device if they fill less than half of it, else in host memory or mapped from a file.
+    Says what depth they hold; UserError if there is none."""
 
     def __init__(self, source, split, device, notebook=False, limit=None):
         pool = "test" if split == "test" and not notebook else "train"
         indices = split_indices(len(source.names[pool]), split, notebook)
         n = len(indices)
         if not n:
-            raise UserError(f"no images in split {split}: {source.path}, nyu2_{pool}.csv or pool "
-                            f"{pool}, has {len(source.names[pool])}.")
+            raise UserError(f"{source.path}: no images in split {split}, nyu2_{pool}.csv.")
         if limit and limit < n:
             indices = [indices[i * n // limit] for i in range(limit)]  # evenly spaced
         image, depth = source.load(pool, indices)
@@ -513,13 +490,13 @@ class Frames:
         measured = some[some > 0]
         low, self.median, high = np.percentile(measured, [1, 50, 99])
         far = np.mean(measured > 10)
-        print(f"{split}: {len(metres):,} images, depth {self.median:.2f} m in the median, 1 % below "
-              f"{low:.2f} m, 99 % below {high:.2f} m; {measured.size / some.size:.1%} measured, "
-              f"{far:.1%} of that beyond 10 m", flush=True)
+        print(f"{split}: {len(metres):,} images, depth {self.median:.2f} m in the median, 1 % "
+              f"below {low:.2f} m, 99 % below {high:.2f} m; {measured.size / some.size:.1%} "
+              f"measured, {far:.1%} of that beyond 10 m", flush=True)
         if far > 0.5:
             print(f"warning: most of the depth in {split} is beyond 10 m: is it in metres?")
 
-        # Of rooms 0: another machine rounds them otherwise. One line of each image: all take long.
+        # Of one line of each image: all would take long. Another machine rounds rooms otherwise.
         lines = image[:, SIZE[0] // 2].contiguous().numpy()
         self.checksum = 0 if source.rooms else zlib.crc32(metres, zlib.crc32(lines))
 
@@ -569,12 +546,10 @@ def normalise(image):
 
 def augment(image, depth, draws, mirror_shift=1):
     """METER's augmentations, each with p = 0.5 for each frame (Papa et al.).
-
     image (B, 3, H, W) RGB 0..1; depth (B, 1, h, w) metres; draws (B, 11) in 0..1. Mirror; another
     channel order; colours b * rgb ** g * e, all in 0.9..1.1; depth +-10 cm.
     The mirrored image moves `mirror_shift` pixels to the right, under the points where depth was
-    taken. No crops: 48 x 64 depths do not say what lies between them, so a crop is off by 5 cm.
-    """
+    taken. No crops: 48 x 64 depths do not say what lies between them, so a crop is off by 5 cm."""
     draws = draws.to(image.device)[..., None, None, None]  # (B, draws, 1, 1, 1)
     mirror, permute, recolour, shift = (draws[:, :4] < 0.5).unbind(1)
 
@@ -582,7 +557,7 @@ def augment(image, depth, draws, mirror_shift=1):
     image = flipped[..., :image.shape[3]].where(mirror, image)
     depth = depth.flip(3).where(mirror, depth)
 
-    orders = constant(tuple(permutations(range(3))), image.device)   # (6, 3)
+    orders = constant(tuple(permutations(range(3))), image.device)          # (6, 3)
     order = orders[(draws[:, 4] * 6).long()].view(-1, 3, 1, 1)              # (B, 3, 1, 1)
     image = image.take_along_dim(order, 1).where(permute, image)
 
@@ -597,11 +572,9 @@ def augment(image, depth, draws, mirror_shift=1):
 
 def depth_metrics(prediction, depth):
     """The usual NYU metrics of each frame: a dict of (B,) tensors, nan where nothing was measured.
-
     Errors are infinite where a prediction is not finite.
     prediction, depth (B, 1, h, w) metres; pixels with 1e-3 < depth < 10, no crop, the prediction
-    clamped to that. delta_i: share of pixels with max(p/d, d/p) < 1.25 ** i.
-    """
+    clamped to that. delta_i: share of pixels with max(p/d, d/p) < 1.25 ** i."""
     valid = (depth > 1e-3) & (depth < 10)
     p = prediction.clamp(1e-3, 10).where(prediction.isfinite(), torch.inf)
     d = depth.clamp(1e-3, 10)
@@ -615,16 +588,14 @@ def depth_metrics(prediction, depth):
         "rmse_m": mean(error.square()).sqrt(),
         "rel": mean(error.abs() / d),
         "log10": mean((p / d).log10().abs()),
-        **{f"delta{i}": mean((ratio < 1.25 ** i).float()) for i in (1, 2, 3)},
-    }
+        **{f"delta{i}": mean((ratio < 1.25 ** i).float()) for i in (1, 2, 3)}}
 
 
 def mean_metrics(rows):
-    """Means over the frames that were measured, of dicts of (B,) tensors; UserError if not finite."""
+    """Means over all measured frames, a dict, of dicts of (B,) tensors; UserError if not finite."""
     means = {key: torch.cat([row[key] for row in rows]).nanmean().item() for key in rows[0]}
-    broken = [key for key, value in means.items() if not isfinite(value)]
-    if broken:
-        raise UserError(f"{', '.join(broken)} not finite: the network predicts nan or infinity.")
+    if not all(map(isfinite, means.values())):
+        raise UserError(f"the network predicts nan or infinity: {log_line(means)}.")
     return means
 
 
@@ -639,8 +610,8 @@ def sole_writer(folder):
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, if killed
     except OSError as error:
-        raise UserError(f"cannot write to {folder.absolute()} ({error.strerror}): wait if another "
-                        "program writes there, or choose another folder.") from error
+        raise UserError(f"cannot write to {folder.absolute()} ({error.strerror}): if another "
+                        "program writes there, wait for it or choose another folder.") from error
     try:
         yield
     finally:
@@ -659,16 +630,14 @@ def write(path, save):
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error  # h5py's are pages long
-        raise UserError(f"cannot write {path.absolute()}: {reason}.") from error
+        raise UserError(f"cannot write {path.absolute()}: {error.strerror or error}.") from error
     finally:
         if temporary.exists():
             temporary.unlink()
 
 
 def write_json(path, content):
-    text = json.dumps(content, indent=1, allow_nan=False)
-    write(path, lambda file: file.write_bytes(text.encode()))
+    write(path, lambda file: file.write_text(json.dumps(content, indent=1, allow_nan=False)))
 
 
 def write_csv(path, rows):
@@ -710,10 +679,8 @@ def log_line(row):
 
 def progress(items, label, n, step=1):
     """Yields `items`, each of `step` of n images, and says how far it is and how long it takes.
-
     `train 500/716 | 64.2 images/s | 3 s left`: this line rewrites itself on a terminal; in a
-    notebook's output there is one every ten seconds, in a file every half minute.
-    """
+    notebook's output there is one every ten seconds, in a file every half minute."""
     notebook = "JPY_PARENT_PID" in os.environ or "KAGGLE_KERNEL_RUN_TYPE" in os.environ
     rewritten = getattr(sys.stdout, "isatty", bool)() and not notebook
     pause, before, end = 10 if notebook else 30, "", "\n"  # seconds
@@ -757,24 +724,17 @@ def new_parser(text):
     return p
 
 
-def given_flags(argv):
-    """Names of the flags that stand in argv, such as "--alpha"."""
-    words = sys.argv[1:] if argv is None else argv
-    return {word.split("=")[0] for word in words if word.startswith("--")}
-
-
 def add_source_arguments(p):
     """The flags that choose the frames, the same in train.py and dissect.py."""
     add = p.add_argument
     add("--data", type=Path, help="folder, .mat or .h5; none: Kaggle's mount or rooms")
     add("--raw-depth", action="store_true", help=".mat: depth with holes, not filled in")
     add("--rooms", type=number(int, 10, 1e8), help=f"synthetic ones, {ROOMS} if no data is found")
-    add("--min-share", type=number(float, 0, 0.5), default=MIN_SHARE, metavar="SHARE",
-        help="depth bins with no more than this share of the pixels do not count")
+    add("--min-share", type=number(float, 0, 0.5), default=MIN_SHARE, help="that a depth bin needs")
 
 
 def run_command(main, *mistakes):
-    """main() as a command: UserError or `mistakes` end it with one sentence, ours with a traceback."""
+    """main() as a command: a UserError, or one of `mistakes`, ends it with a sentence."""
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="backslashreplace")  # a Chinese path on a Western Windows
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
@@ -797,12 +757,11 @@ def main(argv=None):
     add("out", type=Path, help="the .h5 to write; it must not exist yet")
     add("--raw-depth", action="store_true", help=".mat: depth with holes, not filled in")
     args = p.parse_args(argv)
-    out = args.out
-    if out.suffix != ".h5" or out.exists() or not out.parent.is_dir():
-        raise UserError(f"{out.absolute()} must be a new .h5 file in a folder that exists.")
+    if args.out.suffix != ".h5" or args.out.exists() or not args.out.parent.is_dir():
+        raise UserError(f"{args.out.absolute()} must be a new .h5 file in a folder that exists.")
 
-    pack(open_source(args.source, args.raw_depth), out)
-    print(f"{out}: {out.stat().st_size / 1e9:.2f} GB")
+    pack(open_source(args.source, args.raw_depth), args.out)
+    print(f"{args.out}: {args.out.stat().st_size / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -24,15 +24,11 @@ from model import LAYERS, record
 
 MEASURES = {
     "selectivity": "of a unit's strongest depth bin, |mean activation|",
-    "assigned_selectivity": "of the bin that training assigns, mean |activation|",
-}
+    "assigned_selectivity": "of the bin that training assigns, mean |activation|"}
 COLUMNS = ["unit", "selectivity", "peak_bin", "peak_m", "assigned_bin", "assigned_selectivity",
            "dead"]  # of units.csv, after checkpoint and layer; a dead unit has peak_bin -1
-ORDERS = {  # of an ablation, by their first word: colour and label
-    "most": ("tab:red", "most selective first"),
-    "least": ("tab:blue", "least selective first"),
-    "random": ("silver", "five random orders"),
-}
+ORDERS = {"most": ("tab:red", "most selective first"), "random": ("silver", "five random orders"),
+          "least": ("tab:blue", "least selective first")}  # by their first word: colour, label
 # What dissect.py writes, and clears when it writes there again.
 OUTPUTS = ["dissect.json", "units.csv", "ablation.csv", "overview.png", "ablation.png",
            "*_units.png", "*_activations.png", "*_photos_*.png", "*_depth.png"]
@@ -43,9 +39,7 @@ OUTPUTS = ["dissect.json", "units.csv", "ablation.csv", "overview.png", "ablatio
 @torch.no_grad()
 def measure(model, frames, layers, notebook=False, batch_size=16, min_share=0.0):
     """One pass over the frames for all layers, in fp32: (means of data.depth_metrics, units).
-
-    units[layer] is what `describe_units` says of that layer.
-    """
+    units[layer] is what `describe_units` says of that layer."""
     rows, sums = [], dict.fromkeys(layers, 0)
     for image, depth in frames.batches(batch_size):
         with record(model, layers) as features:
@@ -71,11 +65,9 @@ def measure(model, frames, layers, notebook=False, batch_size=16, min_share=0.0)
 
 def describe_units(sums, notebook=False, min_share=0.0):
     """What the units of a layer answer to depth: a dict of tensors.
-
     sums (1 + 2 C, K) over all pixels of each bin: their count, and the activation and |activation|
     of all units. edges (K + 1,) of the bins in metres; counted (K,) bool, see counted_bins; signed
-    and absolute (C, K), means of activation and |activation|; and the COLUMNS of units.csv (C,).
-    """
+    and absolute (C, K), means of activation and |activation|; and the COLUMNS of units.csv (C,)."""
     count = sums[0]
     signed, absolute = (sums[1:] / count.clamp(min=1)).chunk(2)
     units, bins = signed.shape
@@ -84,18 +76,13 @@ def describe_units(sums, notebook=False, min_share=0.0):
     dead = absolute.amax(1) == 0
     peak = (signed.abs() * counted).argmax(1)
     return {
-        "edges": edges,
-        "counted": counted,
-        "signed": signed,
-        "absolute": absolute,
+        "edges": edges, "counted": counted, "signed": signed, "absolute": absolute, "dead": dead,
         "unit": torch.arange(units),
         "selectivity": meter.selectivity(signed.abs(), peak, counted),
         "peak_bin": peak.where(~dead, -1),
         "peak_m": ((edges[peak] + edges[peak + 1]) / 2).where(~dead, torch.nan),
         "assigned_bin": meter.assigned_bins(units, bins),
-        "assigned_selectivity": meter.unit_selectivity(absolute, count, min_share),
-        "dead": dead,
-    }
+        "assigned_selectivity": meter.unit_selectivity(absolute, count, min_share)}
 
 
 # Does it matter? Changes of what a layer answers.
@@ -121,10 +108,8 @@ def answering(model, answers):
 @torch.no_grad()
 def rmse_after(model, frames, layer, changes, batch_size=16):
     """RMSE on the frames after each change of what a layer answers: a list of metres.
-
     changes: functions of the answer x (B, C, h, w) and the true depth. The layers up to this one
-    answer the same whatever the change, and compute it once.
-    """
+    answer the same whatever the change, and compute it once."""
     before = list(LAYERS)[:list(LAYERS).index(layer) + 1]
     rows = [[] for _ in changes]
     batches = data.progress(frames.batches(batch_size), f"ablate {layer}", len(frames), batch_size)
@@ -140,9 +125,7 @@ def rmse_after(model, frames, layer, changes, batch_size=16):
 
 def ablate(model, frames, layer, r, batch_size=16):
     """RMSE as more and more units of a layer are off, in several orders: rows of ablation.csv.
-
-    r: units[layer] of `measure`.
-    """
+    r: units[layer] of `measure`."""
     units = len(r["unit"])
     ranked = r["selectivity"].argsort(descending=True)
     orders = {"most selective first": ranked, "least selective first": ranked.flip(0)}
@@ -177,13 +160,11 @@ def draw_units(title, r, path):
                     color=data.DEPTH_COLOURS.to_rgba(r["peak_m"][unit]))
         axis.stairs(y + rare, x, baseline=y, fill=True, facecolor="none", lw=0, hatch="/////",
                     edgecolor="silver")
-        axis.plot(x[[0, -1]], [y, y], color="silver", lw=0.5)
         axis.plot(x[[own, own + 1]], [y - 0.09] * 2, color="tab:orange", lw=4)
 
     axis.set(yticks=[], xticks=edges[[0, -1]], ylim=(y - 0.3, 1.4), frame_on=False,
              title=f"{title}: |mean activation| of each unit over depth, and its selectivity",
-             xlabel=f"each panel: depth from 0 to {edges[-1]:.3g} m; orange: the bin that training "
-             "assigns; hatched: too few pixels to count")
+             xlabel="each panel: depth, metres; orange: assigned bin; hatched: too few pixels")
     figure.colorbar(data.DEPTH_COLOURS, ax=axis, label="depth of its peak, metres")
     return write_figure(path, figure)
 
@@ -235,45 +216,36 @@ def draw_ablation(rows, path):
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
 
-    figure.suptitle("Do selective units matter? Units are switched off one after the other.\n"
-                    "If red rises first, the network needs its selective units most; if blue does, "
-                    "least.", fontsize=10)
+    figure.suptitle("Do selective units matter? Red rises first: the network needs them most.\n"
+                    "Blue rises first: it needs the unselective ones most.", fontsize=10)
     figure.legend(*(x[-3:] for x in axis.get_legend_handles_labels()), loc="outside lower center",
                   ncols=3)
     return write_figure(path, figure)
 
 
-def at_depth(response, edges, depth):
-    """Responses (..., K) at depth (B, 1, H, W): (..., B, H, W), 0 where that is in no bin."""
-    return F.pad(response, (1, 1))[..., torch.bucketize(depth[:, 0], edges)]
-
-
 @torch.no_grad()
 def two_pictures(model, image, depth, units):
     """What units answer, and what depth alone tells of it, on the CPU.
-
     image (B, 3, H, W) uint8; depth (B, 1, 48, 64) metres, or None for the prediction. Returns depth
     and, for each layer of `units`, |activation| and its mean over all frames at that depth, 0 where
-    that is missing, (B, C, 48, 64) each, and their correlation over the image (B, C).
-    """
+    that is missing, (B, C, 48, 64) each, and their correlation over the image (B, C)."""
     with record(model, units) as features:
         prediction = model(normalise(image / 255))
     depth = (prediction if depth is None else depth).cpu()
     pictures = {}
     for layer, r in units.items():
         answer = F.interpolate(features[layer].abs().cpu(), depth.shape[-2:], mode="bilinear")
-        usual = at_depth(r["absolute"].float(), r["edges"], depth).transpose(0, 1)
+        number = torch.bucketize(depth[:, 0], r["edges"])  # 0 missing, 1 to K, K + 1 beyond
+        usual = F.pad(r["absolute"].float(), (1, 1))[:, number].transpose(0, 1)
         centred = [x.flatten(2) - x.mean((2, 3))[..., None] for x in (answer, usual)]
         pictures[layer] = answer, usual, F.cosine_similarity(*centred, dim=2)
     return depth, pictures
 
 
 def choose_units(model, frames, units):
-    """Units to show, [(layer, unit), ...], and numbers of three frames in which they agree best.
-
+    """Units to show, [(layer, unit), ...], and numbers of three frames where they agree best.
     One that peaks near (to 2 m), one in the middle (to 4 m), one far: the highest in selectivity *
-    correlation over up to 24 frames, of those with a correlation of .3 or more.
-    """
+    correlation over up to 24 frames, of those with a correlation of .3 or more."""
     numbers = torch.arange(0, len(frames), ceil(len(frames) / 24))
     _, pictures = two_pictures(model, *frames.fetch(numbers), units)
     names = [(layer, unit) for layer, r in units.items() for unit in r["unit"].tolist()]
@@ -290,16 +262,13 @@ def choose_units(model, frames, units):
 
 def draw_activations(model, image, depth, units, chosen, path):
     """Both pictures of the units `chosen`, in a line under image and depth.
-
-    image (n, 3, 192, 256) uint8; depth (n, 1, 48, 64) metres, or None for the prediction.
-    """
+    image (n, 3, 192, 256) uint8; depth (n, 1, 48, 64) metres, or None for the prediction."""
     title = "predicted depth" if depth is None else "true depth"
     depth, pictures = two_pictures(model, image, depth, {x: units[x] for x, _ in chosen})
     columns, lines = 2 * len(image), 1 + len(chosen)
     figure = new_figure(max(2.5 * columns, 8), 1.9 * lines + 1.3)
     figure.suptitle("" if not chosen else "Left: what a unit answers. Right: what it answers on "
-                    "average where it is that deep.\nThe more alike (r, correlation), the more is "
-                    "it depth that the unit sees.", fontsize=10)
+                    "average at that depth.\nThe more alike (r), the more is it depth that it sees.")
     axes = figure.subplots(lines, columns, squeeze=False)
     for n in range(len(image)):
         left, right = axes[:, 2 * n], axes[:, 2 * n + 1]
@@ -323,8 +292,8 @@ def read_photo(path):
             raise FileNotFoundError("no such file")
         photo = data.to_rgb(ImageOps.exif_transpose(Image.open(path)))
     except Exception as error:  # noqa: BLE001  a damaged file may raise almost anything
-        raise UserError(f"--images {path.absolute()} is no photo: {error}. Photos are named last, "
-                        "checkpoints first.") from error
+        message = f"--images {path.absolute()} is no photo (checkpoints come first): {error}."
+        raise UserError(message) from error
     photo = ImageOps.fit(photo, data.SIZE[::-1], Image.Resampling.BILINEAR)  # as in training
     return torch.from_numpy(np.array(photo)).permute(2, 0, 1)
 
@@ -368,9 +337,9 @@ def print_table(results):
         print(line)
 
     for label, result in results.items():
-        floats = {key: value for key, value in result.items() if isinstance(value, float)}
-        print(f"{label} | {data.log_line(floats)} | dead units "
-              f"{sum(layer['dead'] for layer in result['layers'].values())}")
+        print(f"{label} | rmse_m {result['rmse_m']:.4f} | rel {result['rel']:.4f} | delta1 "
+              f"{result['delta1']:.4f} | mean selectivity {result['mean_selectivity']:.4f} | dead "
+              f"units {sum(layer['dead'] for layer in result['layers'].values())}")
         layers = [layer for layer in result["regularised"] if layer in result["layers"]]
         if layers:
             before, after = (np.mean([x["layers"][layer]["selectivity"] for layer in layers])
@@ -388,12 +357,10 @@ def parse_args(argv=None):
     data.add_source_arguments(p)
     add("--split", choices=["train", "val", "test"], default="test", help="the frames")
     add("--limit", type=data.number(int, 1), help="that many, evenly spaced")
-    add("--batch-size", type=data.number(int, 1),
-        help="images at a time, which changes no result: 8, on a GPU 128")
+    add("--batch-size", type=data.number(int, 1), help="changes no result; 8, on a GPU 128")
     add("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), metavar="LAYER",
         help="to look at")
-    add("--notebook", action="store_true",
-        help="the notebook's bins, up to 3.92 m; --min-share 0 unless given")
+    add("--notebook", action="store_true", help="its bins, up to 3.92 m, and --min-share 0")
     # what to do beside measuring
     add("--viz", action="store_true", help="draw units, overview and activations")
     add("--ablate", action="store_true", help="switch units off, by selectivity")
@@ -402,10 +369,7 @@ def parse_args(argv=None):
     add("--out", type=Path, default=Path("runs/dissect"), help="folder for the results")
     if p.parse_args(argv).notebook:
         p.set_defaults(min_share=0.0)
-    args = p.parse_args(argv)
-    if args.data and args.rooms:
-        p.error("--rooms does nothing with --data")
-    return args
+    return p.parse_args(argv)
 
 
 def load_all(paths):
@@ -434,9 +398,9 @@ def main(argv=None):
     torch.backends.cudnn.allow_tf32 = False  # a GPU's default is less than fp32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     newest = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)[-1:]
-    if not args.checkpoints and not newest:
-        raise UserError("no runs/*/best.pt: run `python train.py` first, or name a checkpoint.")
     loaded = load_all(args.checkpoints or newest)
+    if not loaded:
+        raise UserError("no runs/*/best.pt: run `python train.py` first, or name a checkpoint.")
     photos = read_photos(args.images)
     with data.sole_writer(args.out):
         source = choose_source(args, loaded, device)
@@ -461,12 +425,9 @@ def dissect(args, loaded, frames, photos):
         results[label] = {
             "checkpoint": str(path),
             **{key: getattr(args, key) for key in ("notebook", "min_share", "split")},
-            "images": len(frames),
-            "regularised": regularised,
-            **metrics,
+            "images": len(frames), "regularised": regularised, **metrics,
             "mean_selectivity": np.mean([x["selectivity"] for x in layers.values()]).item(),
-            "layers": layers,
-        }
+            "layers": layers}
 
         for layer, r in data.progress(units.items(), f"{label}: layers", len(units)):
             known = {"checkpoint": label, "layer": layer}
@@ -506,16 +467,10 @@ def dissect(args, loaded, frames, photos):
 
 
 def summary(r):
-    """A layer of dissect.json. obey: how many living units peak in or beside their assigned bin."""
-    obey = (r["peak_bin"] - r["assigned_bin"]).abs() <= 1
-    return {
-        **{key: r[key].mean().item() for key in MEASURES},
-        "units": len(obey),
-        "dead": r["dead"].sum().item(),
-        "obey": (obey & ~r["dead"]).sum().item(),
-        "bins": len(r["counted"]),
-        "bins_used": r["counted"].sum().item(),
-    }
+    """A layer of dissect.json."""
+    return {**{key: r[key].mean().item() for key in MEASURES}, "units": len(r["unit"]),
+            "dead": r["dead"].sum().item(), "bins": len(r["counted"]),
+            "bins_used": r["counted"].sum().item()}
 
 
 if __name__ == "__main__":

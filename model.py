@@ -41,8 +41,7 @@ class Widths:
 VARIANTS = {  # 713,464, 1,449,760 and 3,295,168 parameters
     "xxs": Widths((16, 16, 24, 48, 64, 80, 160), 2, (64, 80, 96), (64, 32, 16, 8)),
     "xs": Widths((16, 32, 48, 64, 80, 96, 192), 4, (96, 120, 144), (128, 64, 32, 16)),
-    "s": Widths((16, 32, 64, 96, 128, 160, 320), 4, (144, 192, 240), (128, 64, 32, 16)),
-}
+    "s": Widths((16, 32, 64, 96, 128, 160, 320), 4, (144, 192, 240), (128, 64, 32, 16))}
 LAYERS = {  # name -> module path, in the order of the forward pass
     "enc_0": "encoder.conv1", "enc_1": "encoder.mv2.0",
     "enc_2": "encoder.mv2.1", "enc_3": "encoder.mv2.2",
@@ -51,8 +50,7 @@ LAYERS = {  # name -> module path, in the order of the forward pass
     "enc_8": "encoder.mvit.1", "enc_9": "encoder.mv2.6",
     "enc_10": "encoder.mvit.2", "enc_output": "encoder.conv2",
     "dec_0": "decoder.conv2d_in", "dec_1": "decoder.ups_block_1",
-    "dec_2": "decoder.ups_block_2", "dec_3": "decoder.ups_block_3",
-}
+    "dec_2": "decoder.ups_block_2", "dec_3": "decoder.ups_block_3"}
 # Where files of others keep the weights, and what they put before the names.
 WEIGHTS = "model_state_dict", "model", "state_dict", "net"
 PREFIXES = r"^((module|_orig_mod|model|net)\.)+"
@@ -166,23 +164,19 @@ class UpBlock(nn.Module):
 
 class METER(nn.Module):
     """METER of size "xxs", "xs" or "s".
-
     Input (B, 3, H, W), ImageNet-normalised RGB, H and W multiples of 64. Output (B, 1, H/4, W/4),
-    float32 metres: what the last convolution answers, divided by `units_per_metre`.
-    """
+    float32 metres: what the last convolution answers, divided by `units_per_metre`."""
 
     def __init__(self, variant="xxs", units_per_metre=CENTIMETRES):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
-        self.variant = variant
-        self.units_per_metre = float(units_per_metre)
+        self.variant, self.units_per_metre = variant, float(units_per_metre)
 
         widths = VARIANTS[variant]
         expansion = widths.expansion
         c0, c1, c2, c3, c4, c5, c6 = widths.encoder
-        t0, t1, t2 = widths.transformer
-        d0, d1, d2, d3 = widths.decoder
+        (t0, t1, t2), (d0, d1, d2, d3) = widths.transformer, widths.decoder
         self.encoder = nn.ModuleDict({
             "conv1": bn_relu(conv3x3(3, c0, stride=2), c0),          # enc_0
             "mv2": nn.ModuleList([
@@ -199,15 +193,13 @@ class METER(nn.Module):
                 METERBlock(c4, t1, mlp_ratio=4),                     # enc_8
                 METERBlock(c5, t2, mlp_ratio=4),                     # enc_10
             ]),
-            "conv2": bn_relu(conv(c5, c6), c6),                      # enc_output
-        })
+            "conv2": bn_relu(conv(c5, c6), c6)})                     # enc_output
         self.decoder = nn.ModuleDict({
             "conv2d_in": conv(c6, d0),                               # dec_0
             "ups_block_1": UpBlock(d0, d1, skip=c4),                 # dec_1
             "ups_block_2": UpBlock(d1, d2, skip=c3),                 # dec_2
             "ups_block_3": UpBlock(d2, d3, skip=c2),                 # dec_3
-            "conv2d_out": conv(d3, 1, size=3),
-        })
+            "conv2d_out": conv(d3, 1, size=3)})
 
     def forward(self, image):
         # Height and width are halved five times, then cut into patches of 2x2.
@@ -250,10 +242,8 @@ class CheckpointError(ValueError):
 
 def load_checkpoint(path):
     """Read our best.pt or last.pt, the notebook's best_meter_model.pth, or METER's raw state dict.
-
     Weights may lie under any of WEIGHTS, their names behind any of PREFIXES. Returns (METER, what
-    the file holds). CheckpointError on any other file; never runs code inside it.
-    """
+    the file holds). CheckpointError on any other file; never runs code inside it."""
     content = read_file(Path(path))
     try:
         weights = next((content[key] for key in WEIGHTS if key in content), content)
@@ -312,12 +302,10 @@ def numpy_scalars():
 @contextmanager
 def record(network, names):
     """Collect activations: `with record(model, ["enc_4"]) as features: model(image)`.
-
     Works on any network; names are of LAYERS or module paths as of named_modules().
     features[name] is what that module answers, here (B, C, h, w), signed, attached to the graph,
     overwritten by each forward pass; also of a model compiled by METER.compile. ValueError for an
-    unknown name.
-    """
+    unknown name."""
     modules = dict(network.named_modules())
     paths = {name: LAYERS.get(name, name) for name in names}
     unknown = [name for name, path in paths.items() if path not in modules]
@@ -344,9 +332,7 @@ def record(network, names):
 
 def sid_thresholds(bins, near=0.75, far=10.0):
     """Spacing-increasing discretisation of depth (You et al.): (bins + 1,) metres.
-
-    Bin i holds t[i] < depth <= t[i + 1], with t[0] = 0, t[1] = near, t[bins] = far.
-    """
+    Bin i holds t[i] < depth <= t[i + 1], with t[0] = 0, t[1] = near, t[bins] = far."""
     if bins < 2 or not 0 < near < far:
         raise ValueError(f"{bins} bins from {near} to {far}: 2 or more, and 0 < near < far")
     steps = torch.linspace(0, 1, bins, dtype=torch.float64)
@@ -358,10 +344,8 @@ def sid_thresholds(bins, near=0.75, far=10.0):
 @functools.cache
 def layer_thresholds(units, notebook=False, device="cpu"):
     """Bin thresholds of a layer, metres; the notebook's reach to 100 *grey levels*, 3.92 m."""
-    bins = min(units, MAX_BINS)
-    if notebook:
-        return (sid_thresholds(bins, far=100.0) * (10 / 255)).to(device)
-    return sid_thresholds(bins).to(device)
+    far, metres = (100.0, 10 / 255) if notebook else (10.0, 1.0)
+    return (sid_thresholds(min(units, MAX_BINS), far=far) * metres).to(device)
 
 
 def notebook_depth(depth):
@@ -372,10 +356,8 @@ def notebook_depth(depth):
 
 def bin_masks(depth, thresholds):
     """1 where a pixel is in a bin: (B, K, H, W).
-
     depth (B, 1, H, W), thresholds (K + 1,), both in one unit. Depth 0 (missing) and depth beyond
-    the last threshold are in no bin.
-    """
+    the last threshold are in no bin."""
     bin_number = torch.bucketize(depth, thresholds)  # 0 missing, 1 to K, K + 1 beyond
     batch, _, height, width = depth.shape
     masks = depth.new_zeros(batch, len(thresholds) + 1, height, width)
@@ -384,11 +366,9 @@ def bin_masks(depth, thresholds):
 
 def bin_weights(depth, thresholds, size):
     """Weight of every cell of an activation map, h x w = size, in every bin: (B, K, h, w).
-
     Adding up the map under these weights equals interpolating it to H x W and adding up each bin's
     pixels, since interpolation is linear; but it is done once for all units. A finer map than the
-    depth is interpolated in `bin_sums` instead: its weights are the masks.
-    """
+    depth is interpolated in `bin_sums` instead: its weights are the masks."""
     masks = bin_masks(depth, thresholds)
     height, width = masks.shape[-2:]
     if size[0] >= height and size[1] >= width:
@@ -416,7 +396,6 @@ def bin_sums(features, weights):
 
 def counted_bins(count, min_share):
     """The bins that count: those with more than the share `min_share` of the pixels: (K,) bool.
-
     count (K,), pixels of each bin. 0 is the papers' form: all bins count, with pixels or without.
     """
     return (count > min_share * count.sum()) | (min_share == 0)
@@ -424,10 +403,8 @@ def counted_bins(count, min_share):
 
 def selectivity(response, chosen, counted=None):
     """(R_chosen - mean of the other R) / (their sum) of each unit (You et al.), -1 .. 1: (C,).
-
     response (C, K), not negative, 0 for an empty bin; chosen (C,), the bin of each unit; counted
-    (K,) bool, the bins that count, None for all.
-    """
+    (K,) bool, the bins that count, None for all."""
     if counted is None:
         counted = torch.ones_like(response[0], dtype=torch.bool)
     response = response * counted
@@ -443,7 +420,6 @@ def assigned_bins(units, bins, device="cpu"):
 
 def unit_selectivity(response, count, min_share=0.0):
     """Selectivity of each unit for its assigned bin: (C,).
-
     response (C, K); count (K,), pixels of each bin. Bins with no more than the share `min_share`
     of the pixels do not count (`counted_bins`): a unit of such a bin, or of an empty one, scores 0.
     """
@@ -455,12 +431,10 @@ def unit_selectivity(response, count, min_share=0.0):
 
 def assigned_selectivity(features, depth, thresholds, min_share=0.0):
     """The regulariser's term for one layer (You et al.): scalar, -1 .. 1, high is selective.
-
     features (B, C, h, w) as recorded, signed; depth (B, 1, H, W) and thresholds (K + 1,) metres.
     Responses are means of |activation| over the batch, where the dissection takes the mean of the
     signed activation over the data set. A unit whose bin does not count (`unit_selectivity`) gets
-    no gradient.
-    """
+    no gradient."""
     weights = bin_weights(depth, thresholds.to(depth.device), features.shape[-2:])
     count = weights.sum((0, 2, 3))                                       # (K,) pixels
     response = bin_sums(features.abs(), weights) / count.clamp(min=1)    # (C, K)

@@ -15,6 +15,7 @@ Sizes: B batch, C channels (units), h w depth map.
 import argparse
 import copy
 import io
+import sys
 import time
 import warnings
 from math import ceil, cos, inf, isfinite, nan, pi
@@ -77,11 +78,9 @@ def ssim(p, d):
 
 def loss_terms(prediction, depth, units_per_metre=CENTIMETRES):
     """The four terms of the balanced loss: a dict of scalars.
-
     prediction, depth (B, 1, h, w) metres, 0 = missing; the loss is taken in `units_per_metre`.
     Missing pixels, and all that a Sobel or SSIM window draws from them, are left out of the means.
-    The paper multiplies the gradient term by 0.5, the release divides by it: we divide.
-    """
+    The paper multiplies the gradient term by 0.5, the release divides by it: we divide."""
     p, d = prediction * units_per_metre, depth * units_per_metre
     missing = (depth <= 0).float()
     slope_p, slope_d = slopes(p), slopes(d)
@@ -91,8 +90,7 @@ def loss_terms(prediction, depth, units_per_metre=CENTIMETRES):
         "loss_depth": mean_without(missing, (p - d).abs(), 1),
         "loss_ssim": 100 * (1 - mean_without(missing, ssim(p, d), 11)),
         "loss_normal": 100 * mean_without(missing, tilt, 3, padding=1),
-        "loss_grad": mean_without(missing, steepness, 3, padding=1) / 0.5,
-    }
+        "loss_grad": mean_without(missing, steepness, 3, padding=1) / 0.5}
 
 
 def balanced_loss(prediction, depth, units_per_metre=CENTIMETRES):
@@ -102,12 +100,10 @@ def balanced_loss(prediction, depth, units_per_metre=CENTIMETRES):
 
 def objective(prediction, depth, features, alpha, notebook=False, min_share=0.0):
     """What training minimises, and its terms: a dict of scalars.
-
     prediction, depth (B, 1, h, w) metres; features: the recorded activations (B, C, h, w) of each
     regularised layer; alpha: float or scalar, negative. You et al. add alpha * selectivity to a
     loss of about 1; here it is relative to the loss, as METER's is some hundreds. notebook: its
-    units, its bins, and alpha just added.
-    """
+    units, its bins, and alpha just added."""
     terms = loss_terms(prediction, depth, GREY_LEVELS if notebook else CENTIMETRES)
     balanced = sum(terms.values())
 
@@ -138,9 +134,6 @@ def mixed_precision(amp, device):
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what stays fp32,
     torch.backends.cudnn.allow_tf32 = False     # but not for the loss, which squares centimetres
     torch.backends.cudnn.deterministic = True   # same seed, same machine, same result
-    # A CPU's fused attention takes 2 to 4 times as long in bf16 as the plain one.
-    torch.backends.cuda.enable_flash_sdp(gpu or amp == "off")
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
     half = torch.float16 if amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=amp != "off")
@@ -183,10 +176,8 @@ def make_step(model, average, optimizer, scaler, autocast, args, mirror_shift=1)
 
     def step(image, depth, draws, rates):
         """Trains on a batch; returns all terms of its loss, (terms,), which stay on the device.
-
         image (B, 3, 192, 256) uint8; depth (B, 1, 48, 64) metres; draws (B, 11), see
-        `augment`; rates (3,), a row of `step_rates`.
-        """
+        `augment`; rates (3,), a row of `step_rates`."""
         optimizer.param_groups[0]["lr"].copy_(rates[0])
         _, alpha, weight = rates.float()
 
@@ -211,11 +202,9 @@ def make_step(model, average, optimizer, scaler, autocast, args, mirror_shift=1)
 
 def recorded(step):
     """The same step as CUDA graphs, one for each batch size: recorded once, then replayed.
-
     A GPU gets all kernels of a step at once, and need not wait until Python has launched each. They
     work in the memory in which they were recorded, so what is new in a step is copied there. The
-    first step of a size runs as it is: it finds memory and kernels, which cannot be recorded.
-    """
+    first step of a size runs as it is: it finds memory and kernels, which cannot be recorded."""
     graphs = {}
     pool = torch.cuda.graph_pool_handle()
 
@@ -244,9 +233,7 @@ def recorded(step):
 @torch.no_grad()
 def evaluate(model, frames, args):
     """Means over a split: the usual metrics per image, and METER's loss per batch as `val_loss`.
-
-    With --notebook also the objective, regulariser included, by which it chooses its best epoch.
-    """
+    With --notebook also the objective, regulariser included, by which it chooses its best epoch."""
     model.eval()
     layers = args.layers if args.notebook and args.neuron_selective else []
     gpu = frames.device.type == "cuda" and not args.notebook
@@ -322,8 +309,7 @@ def parse_args(argv=None):
     add("--batch-size", type=number(int, 1), default=8, help="images a step")
     # the regulariser
     add("--neuron-selective", action="store_true", help="regularise units of --layers")
-    add("--alpha", type=number(float, -1e3, 0), default=-0.1,
-        help="weight of selectivity relative to the loss: 0 none, -1 strong")
+    add("--alpha", type=number(float, -1e3, 0), default=-0.1, help="its weight: 0 none, -1 strong")
     add("--layers", nargs="+", choices=meter.LAYERS, default=["dec_1", "dec_2", "dec_3"],
         metavar="LAYER", help=f"to regularise, out of {', '.join(meter.LAYERS)}")
     # the network and its training
@@ -333,11 +319,9 @@ def parse_args(argv=None):
     add("--lr", type=number(float, 1e-9, 1), default=2e-3, help="AdamW's peak rate")
     add("--schedule", choices=["cosine", "step", "constant"], default="cosine",
         help="of --lr: warm-up and cosine to 0, METER's tenth every 20 epochs, or none")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True,
-        help="mirror, shift colours and depth")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="mirror, recolour")
     add("--notebook", action="store_true",
-        help="as the notebook: grey levels, its bins and split, literal alpha; unless "
-        f"given, {log_line(NOTEBOOK)}")
+        help=f"as the notebook, literal alpha, its bins and split; unless given, {NOTEBOOK}")
     # the run
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, order, augment")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
@@ -349,11 +333,10 @@ def parse_args(argv=None):
         p.set_defaults(**NOTEBOOK)
     args = p.parse_args(argv)
 
-    idle = {"--alpha", "--layers", "--min-share"} & data.given_flags(argv)
+    given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    idle = given & {"--alpha", "--layers", "--min-share"}
     if idle and not args.neuron_selective:
         p.error(f"{', '.join(sorted(idle))} does nothing without --neuron-selective")
-    if args.data and args.rooms:
-        p.error("--rooms does nothing with --data")
     args.layers = list(dict.fromkeys(args.layers))  # each once
     args.out = args.out or Path("runs", "selective" if args.neuron_selective else "baseline")
     return args
@@ -366,20 +349,18 @@ def start_or_resume(args, config):
         try:
             model, state = meter.load_checkpoint(last)
         except meter.CheckpointError as error:
-            raise UserError(f"{error} To go on, copy best.pt over it, or start another run with "
-                            "--init best.pt.") from error
+            raise UserError(f"{error} Copy best.pt over it, or --init best.pt.") from error
         old = state.get("config", {})
         differ = [f"{key} {old.get(key)}, not {value}"
                   for key, value in config.items() if old.get(key) != value]
         if differ:
-            raise UserError(f"{last.absolute()} has other settings: {', '.join(differ)}. Give the "
-                            "same, or another --out.")
+            raise UserError(f"{last.absolute()} has {', '.join(differ)}: give it or another --out.")
         return model, state
 
     for name in ["last.pt", "best.pt"] + ["log.csv"] * args.resume:
         if (args.out / name).exists():
-            raise UserError(f"{args.out.absolute()} holds a run ({name}): --resume goes on from "
-                            "its last.pt, or a best.pt copied there; or choose another --out.")
+            raise UserError(f"{args.out.absolute()} holds a run ({name}): --resume its last.pt (or "
+                            "copy best.pt there), or choose another --out.")
     if args.resume:
         print(f"nothing to resume in {args.out.absolute()}: a new run.")
     if args.init:
@@ -452,7 +433,7 @@ def run(args):
         print("warning: depth in train and test differs by a factor: is the scale the same?")
     sums = {split: [len(frames), frames.checksum] for split, frames in splits.items()}
     if state.get("frames", sums) != sums:
-        raise UserError(f"these are other frames than in {args.out.absolute()}: {sums}, not "
+        raise UserError(f"--resume: the frames of {args.out.absolute()} are others: {sums}, not "
                         f"{state['frames']} (their number, their checksum).")
     if len(train) < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size}: there are {len(train)} training images.")
@@ -474,9 +455,8 @@ def run(args):
     if gpu:
         step = recorded(step)
 
-    print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, amp {amp} | METER {args.variant}, "
-          f"{sum(x.numel() for x in model.parameters()):,} parameters | alpha "
-          f"{args.alpha if layers else 0} | {args.out.absolute()}", flush=True)
+    print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, amp {amp} | METER {args.variant} | "
+          f"alpha {args.alpha if layers else 0} | {args.out.absolute()}", flush=True)
     rows = state.get("rows", [])  # of log.csv, one for each epoch that is done
     constant, drawn = constant_rmse(val), -inf
     steps = ceil(len(train) / args.batch_size)
@@ -512,15 +492,10 @@ def run(args):
         save_epoch(args.out, {
             "model": average.state_dict(),
             "units_per_metre": model.units_per_metre,
-            "config": config,
-            "frames": sums,
-            "epoch": epoch + 1,
+            "config": config, "frames": sums, "rows": rows, "epoch": epoch + 1,
             "best_epoch": min(rows, key=lambda row: row[score])["epoch"],
-            "rows": rows,
-            "training": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-        })
+            "training": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict()})
         if time.monotonic() - drawn > DRAW_EVERY or epoch + 1 == args.epochs:
             draw_curves(rows, constant, args.out / "curves.png")
             draw_predictions(average, {"training": train, "validation": val},
