@@ -243,7 +243,7 @@ def two_pictures(model, image, depth, units):
 
 
 def choose_units(model, frames, units):
-    """Units to show, [(layer, unit), ...], and numbers of three frames where they agree best.
+    """Units to show, [(layer, unit), ...], and numbers of three frames where they agree.
     One that peaks near (to 2 m), one in the middle (to 4 m), one far: the highest in selectivity *
     correlation over up to 24 frames, of those with a correlation of .3 or more."""
     numbers = torch.arange(0, len(frames), ceil(len(frames) / 24))
@@ -268,7 +268,7 @@ def draw_activations(model, image, depth, units, chosen, path):
     columns, lines = 2 * len(image), 1 + len(chosen)
     figure = new_figure(max(2.5 * columns, 8), 1.9 * lines + 1.3)
     figure.suptitle("" if not chosen else "Left: what a unit answers. Right: what it answers on "
-                    "average at that depth.\nThe more alike (r), the more is it depth that it sees.")
+                    "average at that depth.\nThe more alike (r), the more does it see depth.")
     axes = figure.subplots(lines, columns, squeeze=False)
     for n in range(len(image)):
         left, right = axes[:, 2 * n], axes[:, 2 * n + 1]

@@ -49,24 +49,19 @@ def run(task):
     """Trains, or goes on training, and dissects: a line of study.csv, its metrics of the test."""
     name, words, layers, ablate, seed, folder = task
     look = ["--layers", *layers.split(), "--min-share", "0"] + ["--ablate"] * ablate
-    folder.mkdir(exist_ok=True)
-    with open(folder / "output.txt", "a", encoding="utf-8") as file, redirect_stdout(file):
+    with open(f"{folder}.txt", "a", encoding="utf-8") as file, redirect_stdout(file):
         train.main([*words, "--seed", seed, "--out", str(folder), "--resume"])
         results = dissect.main([f"{folder}/best.pt", *look, "--out", f"{folder}/dissect"])
 
     [found] = results.values()
     line = {"name": name, "seed": seed, **{key: found[key] for key in ("rmse_m", "rel", "delta1")}}
-    line["seconds"] = sum(float(epoch["seconds"]) for epoch in read_csv(folder / "log.csv"))
+    line["seconds"] = sum(float(row["seconds"]) for row in csv.DictReader(open(folder / "log.csv")))
     line |= {layer: values["selectivity"] for layer, values in found["layers"].items()}
-    for step in read_csv(folder / "dissect" / "ablation.csv") if ablate else []:
-        order, layer = step["order"].split()[0], step["layer"]
-        if order != "random" and 2 * int(step["units_off"]) == found["layers"][layer]["units"]:
-            line[f"rmse_m without the {order} selective half of {layer}"] = step["rmse_m"]
+    for row in csv.DictReader(open(folder / "dissect" / "ablation.csv")) if ablate else []:
+        order, layer = row["order"].split()[0], row["layer"]
+        if order != "random" and 2 * int(row["units_off"]) == found["layers"][layer]["units"]:
+            line[f"rmse_m without the {order} selective half of {layer}"] = row["rmse_m"]
     return line
-
-
-def read_csv(path):
-    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def spread(values, form=".3f"):
@@ -75,21 +70,24 @@ def spread(values, form=".3f"):
 
 
 def print_tables(lines):
-    """One a column: mean ± deviation over seeds, also of the change against the baseline's seed."""
+    """Of each column: mean ± deviation over seeds, and of its change, which is paired by seed."""
     for key in list(lines[0])[2:] if lines else []:
+        runs = {}  # name -> seed -> value
+        for line in [line for line in lines if line[key]]:
+            runs.setdefault(line["name"], {})[line["seed"]] = float(line[key])
+        relative = "rmse" in key
         print(f"\n| {key} | seeds | mean | change |\n|---|---|---|---|")
-        runs = {name: {} for name, *_ in ROWS}  # name -> seed -> value
-        for line in lines:
-            if line[key]:
-                runs[line["name"]][line["seed"]] = float(line[key])
         for name, own in runs.items():
-            base = runs[name.split("_")[0]] if "_" in name else {}
+            base = runs.get(name.split("_")[0], {}) if "_" in name else {}
             pairs = [(own[seed], base[seed]) for seed in own if seed in base]
-            change = spread([a - b for a, b in pairs], "+.3f")
-            if "rmse" in key:
-                change = spread([a / b - 1 for a, b in pairs], "+.1%")
-            if own:
-                print(f"| {name} | {len(own)} | {spread(own.values())} | {change} |")
+            changes = [a / b - 1 if relative else a - b for a, b in pairs]
+            print(f"| {name} | {len(own)} | {spread(own.values())} | "
+                  f"{spread(changes, '+.1%' if relative else '+.3f')} |")
+
+
+def seeds(text):
+    first, *last = map(int, text.split("-"))
+    return list(map(str, range(first, max([first, *last]) + 1)))
 
 
 def main(argv=None):
@@ -98,27 +96,23 @@ def main(argv=None):
     p.add_argument("--data", help="a packed .h5, the rows' nyu.h5")
     p.add_argument("--init", help="METER's weights, the rows' meter_xxs_nyu.pth")
     p.add_argument("--only", nargs="+", choices=names, default=names, help="rows")
-    p.add_argument("--seeds", default="0-7", help="first-last")
+    p.add_argument("--seeds", type=seeds, default="0-7", help="first-last")
     p.add_argument("--out", type=Path, default=Path("runs/study"), help="folder for all of it")
     p.add_argument("--jobs", type=data.number(int, 1), default=jobs, help="runs at a time")
     args = p.parse_args(argv)
-    first, _, last = args.seeds.partition("-")
-    if not (first + last).isdigit():
-        p.error(f"--seeds {args.seeds}: the first and the last, such as 0-7")
 
     with data.sole_writer(args.out):
         table, tasks = args.out / "study.csv", []
-        lines = read_csv(table) if table.exists() else []
+        lines = list(csv.DictReader(open(table))) if table.exists() else []
         done = [(line["name"], line["seed"]) for line in lines]
+        files = {"nyu.h5": args.data, "meter_xxs_nyu.pth": args.init}
         for name, arguments, *rest in (row for row in ROWS if row[0] in args.only):
-            files = {"nyu.h5": args.data, "meter_xxs_nyu.pth": args.init}
             words = [files.get(word, word) for word in arguments.split()]
             if None in words:
                 print(f"{name}: skipped, it needs --data" + " and --init" * ("--init" in words))
-                continue
-            for seed in map(str, range(int(first), int(last or first) + 1)):
-                if (name, seed) not in done:
-                    tasks.append((name, words, *rest, seed, args.out / f"{name}_{seed}"))
+            else:
+                tasks += [(name, words, *rest, seed, args.out / f"{name}_{seed}")
+                          for seed in args.seeds if (name, seed) not in done]
 
         with get_context("spawn").Pool(args.jobs, torch.set_num_threads, [1]) as pool:
             for line in pool.imap_unordered(run, tasks):
