@@ -23,8 +23,8 @@ SCRATCH = f"--data nyu.h5 --epochs 30 --lr 1e-3 {RECIPE}"
 TUNED = f"--data nyu.h5 --init meter_xxs_nyu.pth --epochs 12 --lr 3e-4 {RECIPE}"
 PULL = "--neuron-selective --min-share 0 --layers"  # all bins count, the papers' form
 LAYERS, TRIO, PAIR = "dec_1 dec_2 dec_3 enc_4 enc_output", "dec_1 dec_2 dec_3", "dec_3 enc_4"
-# Name, up to "_" that of the row to compare with; arguments of train.py, all flags that matter, so
-# that later defaults change no row; layers to dissect; whether to switch halves of them off.
+# Name, before "_" that of the row to compare with; arguments of train.py, all flags that matter, as
+# defaults change (--notebook's do not); layers to dissect; whether to switch halves of them off.
 ROWS = [
     ("scratch", SCRATCH, LAYERS, True),
     ("scratch_lr2e-3", SCRATCH.replace("--lr 1e-3", "--lr 2e-3"), LAYERS, False),
@@ -33,8 +33,7 @@ ROWS = [
     ("scratch_trio-0.1", f"{SCRATCH} {PULL} {TRIO} --alpha -0.1", LAYERS, False),
     ("scratch_trio-0.3", f"{SCRATCH} {PULL} {TRIO} --alpha -0.3", LAYERS, True),
     ("scratch_meter", SCRATCH.replace("16", "128").replace("cosine", "step"), LAYERS, False),
-    ("scratch_notebook", "--data nyu.h5 --notebook --epochs 20 --lr 1e-4 --variant xxs "
-     "--batch-size 64 --schedule constant --no-augment --amp off", LAYERS, False),
+    ("scratch_notebook", "--data nyu.h5 --notebook --variant xxs", LAYERS, False),
     ("scratch_xs", SCRATCH.replace("xxs", "xs"), LAYERS, False),
     ("scratch_s", SCRATCH.replace("xxs", "s"), LAYERS, False),
     ("scratch_100", SCRATCH.replace("--epochs 30", "--epochs 100"), LAYERS, False),
@@ -51,9 +50,7 @@ def run(task):
     look = ["--layers", *layers.split(), "--min-share", "0"] + ["--ablate"] * ablate
     with open(f"{folder}.txt", "a", encoding="utf-8") as file, redirect_stdout(file):
         train.main([*words, "--seed", seed, "--out", str(folder), "--resume"])
-        results = dissect.main([f"{folder}/best.pt", *look, "--out", f"{folder}/dissect"])
-
-    [found] = results.values()
+        [found] = dissect.main([f"{folder}/best.pt", *look, "--out", f"{folder}/dissect"]).values()
     line = {"name": name, "seed": seed, **{key: found[key] for key in ("rmse_m", "rel", "delta1")}}
     line["seconds"] = sum(float(row["seconds"]) for row in csv.DictReader(open(folder / "log.csv")))
     line |= {layer: values["selectivity"] for layer, values in found["layers"].items()}
@@ -72,10 +69,9 @@ def spread(values, form=".3f"):
 def print_tables(lines):
     """Of each column: mean ± deviation over seeds, and of its change, which is paired by seed."""
     for key in list(lines[0])[2:] if lines else []:
-        runs = {}  # name -> seed -> value
+        relative, runs = "rmse" in key, {}  # name -> seed -> value
         for line in [line for line in lines if line[key]]:
             runs.setdefault(line["name"], {})[line["seed"]] = float(line[key])
-        relative = "rmse" in key
         print(f"\n| {key} | seeds | mean | change |\n|---|---|---|---|")
         for name, own in runs.items():
             base = runs.get(name.split("_")[0], {}) if "_" in name else {}
@@ -85,35 +81,33 @@ def print_tables(lines):
                   f"{spread(changes, '+.1%' if relative else '+.3f')} |")
 
 
-def seeds(text):
-    first, *last = map(int, text.split("-"))
-    return list(map(str, range(first, max([first, *last]) + 1)))
-
-
 def main(argv=None):
     names, jobs = [row[0] for row in ROWS], 4 if torch.cuda.is_available() else cpu_count()
     p = data.new_parser(__doc__.splitlines()[0])
     p.add_argument("--data", help="a packed .h5, the rows' nyu.h5")
     p.add_argument("--init", help="METER's weights, the rows' meter_xxs_nyu.pth")
     p.add_argument("--only", nargs="+", choices=names, default=names, help="rows")
-    p.add_argument("--seeds", type=seeds, default="0-7", help="first-last")
+    p.add_argument("--seeds", default="0-7", help="first-last")
     p.add_argument("--out", type=Path, default=Path("runs/study"), help="folder for all of it")
     p.add_argument("--jobs", type=data.number(int, 1), default=jobs, help="runs at a time")
     args = p.parse_args(argv)
-
+    first, _, last = args.seeds.partition("-")
+    if not first.isdigit() or not last.isdigit():
+        p.error(f"--seeds {args.seeds}: give the first and the last, such as 0-7")
+    seeds = [str(seed) for seed in range(int(first), int(last) + 1)]
     with data.sole_writer(args.out):
-        table, tasks = args.out / "study.csv", []
+        table = args.out / "study.csv"
         lines = list(csv.DictReader(open(table))) if table.exists() else []
         done = [(line["name"], line["seed"]) for line in lines]
-        files = {"nyu.h5": args.data, "meter_xxs_nyu.pth": args.init}
+
+        tasks, files = [], {"nyu.h5": args.data, "meter_xxs_nyu.pth": args.init}
         for name, arguments, *rest in (row for row in ROWS if row[0] in args.only):
             words = [files.get(word, word) for word in arguments.split()]
             if None in words:
                 print(f"{name}: skipped, it needs --data" + " and --init" * ("--init" in words))
             else:
                 tasks += [(name, words, *rest, seed, args.out / f"{name}_{seed}")
-                          for seed in args.seeds if (name, seed) not in done]
-
+                          for seed in seeds if (name, seed) not in done]
         with get_context("spawn").Pool(args.jobs, torch.set_num_threads, [1]) as pool:
             for line in pool.imap_unordered(run, tasks):
                 columns = dict.fromkeys([*(lines or [line])[0], *line], "")
