@@ -402,7 +402,7 @@ def open_hdf5(path, raw_depth):
         return Packed(path, file)
     if "images" in file:
         return LabeledMat(path, file, raw_depth)
-    raise UserError(f"{path} was not packed by this data.py {dict(file.attrs)}: pack it again.")
+    raise UserError(f"{path} was not packed here ({file.attrs.get('format')}): pack it again.")
 
 
 def dataset(file, name):
@@ -734,7 +734,7 @@ def add_source_arguments(p):
 
 
 def run_command(main, *mistakes):
-    """main() as a command: a UserError, or one of `mistakes`, ends it with a sentence."""
+    """main() as a command: UserError and the exceptions `mistakes` end it with one sentence."""
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="backslashreplace")  # a Chinese path on a Western Windows
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does

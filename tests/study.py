@@ -99,7 +99,6 @@ def main(argv=None):
         table = args.out / "study.csv"
         lines = list(csv.DictReader(open(table))) if table.exists() else []
         done = [(line["name"], line["seed"]) for line in lines]
-
         tasks, files = [], {"nyu.h5": args.data, "meter_xxs_nyu.pth": args.init}
         for name, arguments, *rest in (row for row in ROWS if row[0] in args.only):
             words = [files.get(word, word) for word in arguments.split()]
@@ -118,4 +117,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.run_command(main, train.CheckpointError)
+    data.run_command(main, train.meter.CheckpointError)

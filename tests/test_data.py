@@ -1,10 +1,17 @@
-"""Every source against Pillow, augmentation and metrics by hand, and a table of broken data."""
+"""Every source against Pillow, augmentation and metrics by hand, and tables of broken data."""
 import base64
+import fcntl
+import io
 import itertools
 import json
 import math
 import os
+import re
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -13,6 +20,8 @@ import torch
 from PIL import Image
 
 import data
+import dissect
+import model
 import train
 
 OFFICIAL_TEST = np.flatnonzero(np.unpackbits(
@@ -32,27 +41,40 @@ def by_pillow(pairs, metres_per_level):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), depth
 
 
-def load(path, split="train", feed="host", **options):
-    """All frames of a split, in file order: images, depths."""
-    source = data.open_source(path, options.pop("raw_depth", False))
-    frames = data.Frames(source, split, "cpu", feed, **options)
+def load_frames(path, split="train", raw_depth=False, rooms=None, **options):
+    source = data.open_source(path, raw_depth, rooms)
+    frames = data.Frames(source, split, "cpu", **options)
     data.stop_on_faults(source)
-    return next(frames.batches(len(frames)))[1:]
+    return frames
+
+
+def load(path, split="train", **options):
+    """All frames of a split, in file order: images, depths."""
+    frames = load_frames(path, split, **options)
+    return frames.fetch(torch.arange(len(frames)))
 
 
 def assert_equal(found, expected):
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
-def test_kaggles_folder_its_parent_and_the_packed_file_equal_pillow(nyu, packed):
+@pytest.fixture
+def root(nyu, tmp_path):
+    """A copy of Kaggle's folder, to be changed."""
+    return shutil.copytree(nyu, tmp_path / "nyu_data")
+
+
+# Sources and splits.
+
+def test_kaggles_folder_and_the_packed_file_equal_pillow(nyu, packed):
     train_set = by_pillow(pairs_of(nyu, "train"), 10 / 255)
     test_set = by_pillow(pairs_of(nyu, "test"), 1 / 1000)
-    for path, feed in ((nyu, "host"), (nyu.parent, "device"), (packed, "device"), (packed, "file")):
-        assert_equal(load(path, "train", feed), [x[:22] for x in train_set])
-        assert_equal(load(path, "val", feed), [x[22:] for x in train_set])
-        assert_equal(load(path, "test", feed), test_set)
+    for path in nyu, packed:
+        assert_equal(load(path, "train"), [x[:22] for x in train_set])
+        assert_equal(load(path, "val"), [x[22:] for x in train_set])
+        assert_equal(load(path, "test"), test_set)
         for split, rows in (("train", slice(19)), ("val", slice(19, 21)), ("test", slice(21, 24))):
-            assert_equal(load(path, split, feed, notebook=True), [x[rows] for x in train_set])
+            assert_equal(load(path, split, notebook=True), [x[rows] for x in train_set])
 
 
 @pytest.mark.parametrize("raw_depth", [False, True])
@@ -79,50 +101,34 @@ def test_the_official_test_split_is_that_of_kaggles_file_names():
 
 
 def test_splits_are_in_file_order_and_do_not_overlap():
-    sizes = {"train": 50_688, "test": 654}
-    spans = {split: data.split_indices(sizes, split) for split in ("train", "val", "test")}
-    assert spans == {"train": ("train", range(45_620)), "val": ("train", range(45_620, 50_688)),
-                     "test": ("test", range(654))}
-    spans = {split: data.split_indices(sizes, split, notebook=True) for split in spans}
-    assert spans == {"train": ("train", range(40_550)), "val": ("train", range(40_550, 45_618)),
-                     "test": ("train", range(45_618, 50_688))}
+    splits = "train", "val", "test"
+    assert [data.split_indices(50_688, split) for split in splits] == [
+        range(45_620), range(45_620, 50_688), range(50_688)]  # test: of its own pool
+    assert [data.split_indices(50_688, split, notebook=True) for split in splits] == [
+        range(40_550), range(40_550, 45_618), range(45_618, 50_688)]
 
 
-def test_feeds_give_the_same_batches_and_first_skips_without_changing_the_order(nyu, packed):
+@pytest.mark.parametrize("kind", ["nyu", "packed"])
+def test_batches_hold_every_frame_once_in_the_order_asked_for(request, kind):
+    path = request.getfixturevalue(kind)
     order = torch.randperm(22, generator=torch.Generator().manual_seed(0))
-    expected = load(nyu)
-    for path, feed in ((nyu, "device"), (packed, "host"), (packed, "file")):
-        frames = data.Frames(data.open_source(path), "train", "cpu", feed)
-        batches = list(frames.batches(4, order))
-        assert [len(rows) for rows, _, _ in batches] == [4, 4, 4, 4, 4, 2]
-        for rows, image, depth in batches:
-            assert_equal((image, depth), [x[rows] for x in expected])
-        assert torch.equal(torch.cat([rows for rows, _, _ in batches]), order)
-        for found, batch in zip(frames.batches(4, order, first=2), batches[2:], strict=True):
-            assert_equal(found, batch)
+    expected, frames = load(path), load_frames(path)
+    batches = list(frames.batches(4, order))
+    assert [len(image) for image, _ in batches] == [4, 4, 4, 4, 4, 2]
+    assert_equal(map(torch.cat, zip(*batches)), [x[order] for x in expected])
+    assert_equal(map(torch.cat, zip(*frames.batches(5))), expected)
 
 
-@pytest.mark.parametrize("known, free, feed", [
-    ({"SC_AVPHYS_PAGES": 0, "SC_PHYS_PAGES": 0}, 2.1, "device"),  # need: 22 frames
-    ({"SC_PHYS_PAGES": 0}, 1.9, "host"), ({"SC_AVPHYS_PAGES": 0}, 1.4, "file"),
-    ({}, 0, "device")])  # as on Windows, which does not say
-def test_auto_feeds_from_the_first_place_with_room(packed, monkeypatch, known, free, feed):
-    need = 22 * (192 * 256 * 3 + 48 * 64 * 4)
-    monkeypatch.setattr(os, "sysconf_names", known)
-    monkeypatch.setattr(os, "sysconf", lambda key: 1 if key == "SC_PAGE_SIZE" else free * need)
-    assert data.Frames(data.open_source(packed), "train", "cpu").feed == feed
-
-
-def test_limit_spreads_frames_over_the_split(packed):
-    whole = load(packed)
-    for limit, rows in ((5, [0, 4, 8, 13, 17]), (20, [*range(10), *range(11, 21)])):
-        assert_equal(load(packed, limit=limit), [x[rows] for x in whole])
-    assert_equal(load(packed, limit=23), whole)
+def test_limit_spreads_frames_over_the_split(nyu, packed):
+    for path in nyu, packed:
+        whole = load(path)
+        for limit, rows in ((5, [0, 4, 8, 13, 17]), (20, [*range(10), *range(11, 21)])):
+            assert_equal(load(path, limit=limit), [x[rows] for x in whole])
+        assert_equal(load(path, limit=23), whole)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA"])
-def test_other_colours_and_sizes_are_read(nyu, tmp_path, mode):
-    root = shutil.copytree(nyu, tmp_path / "nyu_data")
+def test_other_colours_and_sizes_are_read(root, mode):
     image, depth = pairs_of(root, "train")[3]
     colours = Image.open(image).resize((80, 60)).convert(mode)
     colours.save(image, format="PNG")
@@ -133,29 +139,98 @@ def test_other_colours_and_sizes_are_read(nyu, tmp_path, mode):
     assert grey == (mode in ("L", "LA"))
 
 
-def test_a_room_depends_on_its_number_and_seed_alone():
+def test_a_frame_is_not_turned_as_its_exif_says_for_its_depth_is_not(root):
+    image, _ = pairs_of(root, "train")[3]
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.open(image).save(image, exif=exif)
+    assert Image.open(image).getexif()[0x0112] == 3
+    assert_equal(load(root), by_pillow(pairs_of(root, "train")[:22], 10 / 255))
+
+
+def test_an_image_must_not_hold_levels_that_pillow_would_clip(root):
+    image, _ = pairs_of(root, "train")[3]
+    for mode, colour in (("I;16", 3000), ("I", 70_000), ("F", 0.5), ("1", 1), ("CMYK", (9,) * 4)):
+        Image.new(mode, (160, 120), colour).save(image, format="TIFF")
+        with pytest.raises(data.UserError, match=f"{image}.*mode {mode}"):
+            load(root)
+
+
+@pytest.mark.parametrize("metres, fine", [(99.5, True), (100.5, False)])
+def test_depth_up_to_100_m_is_taken_for_metres(mat, tmp_path, metres, fine):
+    path = shutil.copy(mat, tmp_path / "x.mat")
+    edit(lambda file: put(file["depths"], metres))(path)
+    if fine:
+        assert load(path)[1].max() == metres  # frame 3 is of the training pool
+    else:
+        with pytest.raises(data.UserError, match="frame 3: .* 100 m"):
+            load(path)
+
+
+# A packed file is mapped.
+
+def place_of(path, name):
+    with h5py.File(path) as file:
+        return file[name].id.get_offset()
+
+
+def test_packed_frames_are_read_from_the_file_when_they_are_used(packed, tmp_path):
+    path = shutil.copy(packed, tmp_path / "x.h5")
+    frames = load_frames(path)
+    with open(path, "r+b") as file:
+        file.seek(place_of(path, "train/image") + 5 * 192 * 256 * 3)
+        value = file.read(1)[0] ^ 255
+        file.seek(-1, 1)
+        file.write(bytes([value]))
+    assert frames.fetch(torch.tensor([5]))[0][0, 0, 0, 0] == value
+
+
+def test_a_packed_file_larger_than_memory_opens_at_once(tmp_path):
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    n = 2 * memory // (192 * 256 * 3)
+    with h5py.File(tmp_path / "x.h5", "w") as file:  # a file with a hole, small on the disk
+        file.attrs.update(format=data.PACKED, mirror_shift=0)
+        for pool, count in (("train", n), ("test", 1)):
+            image = file.create_dataset(f"{pool}/image", (count, 192, 256, 3), "u1")
+            depth = file.create_dataset(f"{pool}/depth", (count, 1, 48, 64), "<f4")
+            image[0], depth[0], image[-1], depth[-1] = 1, 1, 2, 2
+    source = data.open_source(tmp_path / "x.h5")
+    image, depth = source.load("train", [0, n - 1])
+    assert image.flatten(1).unique(dim=1).tolist() == [[1], [2]]
+    assert depth.flatten(1).unique(dim=1).tolist() == [[1], [2]]
+
+
+# Rooms.
+
+@pytest.fixture(scope="module")
+def rooms():
+    """Thirty of them: images uint8, depths."""
+    return [torch.cat(part) for part in zip(*map(data.make_rooms, torch.arange(30).split(15)))]
+
+
+def test_a_room_depends_on_its_number_and_seed_alone(rooms):
     numbers = torch.arange(6)
     image, depth = data.make_rooms(numbers)
     assert_equal(data.make_rooms(numbers), (image, depth))
     assert_equal(data.make_rooms(torch.tensor([4, 1])), [x[[4, 1]] for x in (image, depth)])
     others = data.make_rooms(numbers, seed=1)[1], data.make_rooms(numbers + 10 ** 9)[1]
     assert all((depth != other).flatten(1).any(1).all() for other in others)
+    for part in rooms:
+        assert len(part.flatten(1).unique(dim=0)) == 30
 
 
-def test_the_splits_of_rooms_differ(monkeypatch, nyu):
+def test_the_splits_of_rooms_differ():
     source = data.open_source(None, rooms=20)
-    assert source.sizes == {"train": 20, "test": 4}
-    images, depths = source.frames("train", range(4))
-    test_images, test_depths = source.frames("test", range(4))
+    assert source.rooms == 20 and [len(source.names[pool]) for pool in data.POOLS] == [20, 4]
+    images, depths = source.load("train", range(4))
+    test_images, test_depths = source.load("test", range(4))
     assert images.shape == (4, 192, 256, 3) and images.dtype == torch.uint8
     assert (images != test_images).any() and (depths != test_depths).any()
-    monkeypatch.setattr(data, "KAGGLE_MOUNT", nyu)
-    assert data.open_source(None).sizes == {"train": 24, "test": 8}
+    assert_equal(source.load("train", [3, 1]), [x[[3, 1]] for x in (images, depths)])
 
 
-def test_rooms_are_flat_faced_and_as_deep_as_nyu():
-    parts = [data.make_rooms(part) for part in torch.arange(60).split(15)]
-    image, depth = map(torch.cat, zip(*parts))
+def test_rooms_are_flat_faced_and_as_deep_as_nyu(rooms):
+    image, depth = rooms
     assert depth.isfinite().all() and 0.5 <= depth.min() and depth.max() <= 10
     assert 1.8 < depth.median() < 3.5 and 40 < image.float().mean() < 200
     # On a plane 1 / z is affine in the pixel's row and column, so its second differences vanish.
@@ -164,18 +239,46 @@ def test_rooms_are_flat_faced_and_as_deep_as_nyu():
         assert 0.7 < (bend < 1e-5).float().mean() < 0.999
 
 
-def test_depth_in_rooms_is_that_of_the_pixel_which_pillow_takes_for_four():
-    image, depth = map(torch.cat, zip(*map(data.make_rooms, torch.arange(30).split(15))))
+def test_the_faces_of_a_room_are_at_right_angles_for_a_kinect_and_at_most_3_m_high(rooms):
+    z = rooms[1][:, 0].double()                                     # (30, 48, 64)
+    focal = 519 / 640 * 256
+    v, u = torch.meshgrid(torch.arange(2, 192, 4) - 95.5, torch.arange(2, 256, 4) - 127.5,
+                          indexing="ij")                            # the pixels that have a depth
+    point = torch.stack([z * u / focal, z * v / focal, z], 3)
+    right, down = point.diff(dim=2)[:, :-1], point.diff(dim=1)[:, :, :-1]
+    normal = torch.linalg.cross(right, down)
+    normal = normal / normal.norm(dim=3, keepdim=True)
+    along, across = ((1 / z).diff(n=2, dim=axis).abs() < 1e-6 for axis in (2, 1))
+    flat = along[:, :46] & along[:, 1:47] & across[..., :62] & across[..., 1:63]
+    for own, room, points in zip(normal[:, :46, :62], flat, point):
+        own = own[room][::7]                                        # one in seven is enough
+        cosine = (own @ own.T).abs()
+        assert torch.minimum(cosine, (1 - cosine).abs()).max() < 1e-3
+        upright = own[own[:, 1].abs().argmax()]                     # of a floor, ceiling or top
+        heights = points @ upright
+        assert upright[1].abs() < 0.8 or heights.max() - heights.min() < 3.001
+
+
+def nearness(image, depth):
+    """How much more an image changes at edges of depth, at each of the four pixels of a cell."""
+    found = []
     image = image.float().mean(1)
     for grey, z in ((image, depth[:, 0]), (image.mT, depth[:, 0].mT)):  # along rows, then columns
         change = grey[:, 2::4].diff().abs()[..., 2:-1].unfold(2, 4, 4)  # 4c+2 .. 4c+6 of each row
-        jump = z.log().diff().abs() > 0.4  # from depth c to c + 1
-        assert (change[jump].mean(0) > 2 * change[~jump].mean()).all()
+        jump = z.log().diff().abs() > 0.4                               # from depth c to c + 1
+        found.append(change[jump].mean(0) / change[~jump].mean())
+    return torch.stack(found)
 
+
+def test_depth_in_rooms_is_that_of_the_pixel_which_pillow_takes_for_four(rooms):
+    assert (nearness(*rooms) > 2).all()
+
+
+# Augmentation.
 
 def crafted_draws(frames, **values):
     """Draws that change nothing, except those given as d<column>=value."""
-    draws = torch.full((frames, data.DRAWS[1]), 1 - 2 ** -24)
+    draws = torch.full((frames, data.DRAWS), 1 - 2 ** -24)
     for key, value in values.items():
         draws[:, int(key[1:])] = value
     return draws
@@ -191,16 +294,69 @@ def frames():
 
 def test_augment_changes_nothing_when_every_draw_is_one_half_or_more(frames):
     assert_equal(data.augment(*frames, crafted_draws(3)), frames)
-    assert_equal(data.augment(*frames, torch.full((3, data.DRAWS[1]), 0.5)), frames)
+    assert_equal(data.augment(*frames, torch.full((3, data.DRAWS), 0.5)), frames)
 
 
 def test_augment_mirrors_image_and_depth_together_and_frame_by_frame(frames):
     draws = crafted_draws(3)
     draws[1, 0] = 0.49
-    expected = [x.clone() for x in frames]
-    for x in expected:
-        x[1] = torch.from_numpy(np.asarray(x[1])[:, :, ::-1].copy())
-    assert_equal(data.augment(*frames, draws), expected)
+    for shift in 0, 1, 2:
+        image, depth = (x.numpy().copy() for x in frames)
+        backwards = image[1, :, :, ::-1].copy()
+        image[1, :, :, shift:] = backwards[:, :, :256 - shift]
+        image[1, :, :, :shift] = backwards[:, :, :1]  # the edge, as nothing is seen beyond it
+        depth[1] = depth[1, :, :, ::-1].copy()
+        found = data.augment(*frames, draws, shift)
+        assert_equal(found, map(torch.from_numpy, (image, depth)))
+    assert_equal(data.augment(*frames, draws), data.augment(*frames, draws, 1))
+
+
+def write_levels(root, size):
+    """Frames in which each pixel's grey level is its depth: ramps and edges, no two frames same."""
+    random = np.random.default_rng(2)
+    for pair in pairs_of(root, "train"):
+        levels = np.repeat(random.integers(10, 250, (size[1], size[0] // 4 + 1)), 4, 1)
+        levels = levels[:, random.integers(4):][:, :size[0]].astype(np.uint8)
+        for path in pair:
+            Image.fromarray(levels).save(path, format="PNG")
+
+
+def test_a_mirrored_frame_of_256_pixels_shows_each_depth_at_its_pixel(root, tmp_path):
+    write_levels(root, (256, 192))
+    data.main([str(root), str(tmp_path / "x.h5")])
+    for path in root, tmp_path / "x.h5":
+        frames = load_frames(path)
+        assert frames.mirror_shift == 1
+        image, depth = frames.fetch(torch.arange(22))
+        draws = crafted_draws(22, d0=0)
+        mirrored, flipped = data.augment(image / 255, depth, draws, frames.mirror_shift)
+        for x, z in ((image / 255, depth), (mirrored, flipped)):
+            assert (10 * x[:, :1, 2::4, 2::4] - z).abs().max() < 1e-6
+        assert not torch.equal(depth, flipped)
+
+
+@pytest.mark.parametrize("width, shift", [(640, 0), (256, 1), (320, 1), (1280, 0), (512, 0)])
+def test_the_mirror_image_moves_by_as_much_as_nearest_sampling_is_off(width, shift):
+    place = Image.fromarray(np.arange(width, dtype=np.int32)[None])
+    column = np.asarray(place.resize((64, 1), Image.NEAREST))[0]    # taken for each cell
+    middle = (column + 0.5) / width * 256
+    mirrored = (width - column[::-1] - 0.5) / width * 256
+    assert round((middle - mirrored).mean()) == data.mirror_shift(width) == shift
+
+
+@pytest.mark.parametrize("width", [640, 256])
+def test_a_source_knows_how_far_its_mirror_image_moves(root, tmp_path, width):
+    write_levels(root, (width, width * 3 // 4))
+    data.main([str(root), str(tmp_path / "x.h5")])
+    for path in root, tmp_path / "x.h5":
+        assert load_frames(path).mirror_shift == (width == 256)
+
+
+def test_mirrored_rooms_keep_depth_at_its_pixel(rooms):
+    frames = load_frames(None, rooms=10)
+    draws = crafted_draws(30, d0=0)
+    image, depth = data.augment(rooms[0] / 255, rooms[1], draws, frames.mirror_shift)
+    assert (nearness(image, depth) > 2).all()
 
 
 def test_augment_swaps_channels_in_each_of_the_six_orders_and_repeats_none(frames):
@@ -235,40 +391,14 @@ def test_augment_shifts_measured_depth_by_at_most_10_cm(frames, draw, metres):
     assert torch.equal(same_image, image) and torch.equal(moved == 0, depth == 0)
 
 
-def test_augment_zooms_into_a_corner_and_divides_depth_by_the_enlargement(frames):
-    corners = [(0, 0), (1, 0), (1, 1)]                 # x, y; half of width and height is kept
-    draws = crafted_draws(3, d11=0.49, d12=1)
-    draws[:, 13:] = torch.tensor(corners)
-    zoomed = data.augment(*frames, draws, 2.0)
-    for n, (x, y) in enumerate(corners):
-        own = [part[n].numpy() for part in frames]
-        image, depth = ([plane[y * h // 2:(y + 1) * h // 2, x * w // 2:(x + 1) * w // 2]
-                         for plane in part] for part, (h, w) in zip(own, [(192, 256), (48, 64)]))
-        expected = depth[0].repeat(2, 0).repeat(2, 1) / 2
-        np.testing.assert_allclose(zoomed[1][n, 0], expected, rtol=1e-6)
-        for c in range(3):                             # without the edge, where Pillow sees no more
-            large = Image.fromarray(image[c]).resize((256, 192), Image.Resampling.BILINEAR)
-            np.testing.assert_allclose(
-                zoomed[0][n, c, 1:-1, 1:-1], np.asarray(large)[1:-1, 1:-1], atol=1e-5)
-
-
-def test_augment_zooms_half_of_the_frames_by_up_to_the_largest_enlargement(frames):
-    draws = torch.stack([crafted_draws(1, d11=0.5, d12=1)[0], crafted_draws(1, d11=0, d12=0.6)[0],
-                         crafted_draws(1, d11=0, d12=1)[0]])
-    image, depth = frames
-    depth = torch.full_like(depth, 3.0)
-    _, zoomed = data.augment(image, depth, draws, 1.5)
-    assert zoomed.amax((1, 2, 3)).tolist() == pytest.approx([3, 3 / 1.3, 2])
-    assert zoomed.amin((1, 2, 3)).tolist() == pytest.approx([3, 3 / 1.3, 2])
-    assert_equal(data.augment(image, depth, draws), (image, depth))    # without a zoom
-
-
 def test_normalise_is_torchvisions_formula():
     image = torch.rand(2, 3, 4, 5)
     slow = torch.stack([(image[:, c] - mean) / std for c, (mean, std) in enumerate(
         [(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)])], dim=1)
     torch.testing.assert_close(data.normalise(image), slow)
 
+
+# Metrics.
 
 def test_depth_metrics_match_a_loop_over_pixels():
     random = np.random.default_rng(0)
@@ -288,30 +418,254 @@ def test_depth_metrics_match_a_loop_over_pixels():
     assert all(x[2].isnan() for x in found.values())
 
 
-def test_write_replaces_a_file_in_one_step_or_leaves_it(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "x.json"
-    data.write_json(path, {"a": 1})
-    with pytest.raises(ZeroDivisionError):
-        data.write(path, lambda file: file.write_bytes(b"half") / 0)
-    def full(*_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(data.os, "replace", full)
-    with pytest.raises(SystemExit, match=f"error: .*{path}.*No space left"):
-        data.write_json(path, {"a": 2})
-    assert list(path.parent.iterdir()) == [path] and json.loads(path.read_text()) == {"a": 1}
+def test_mean_metrics_are_means_over_images_and_leave_out_what_was_not_measured():
+    rows = [{"a": torch.tensor([1.0, math.nan, 3.0])}, {"a": torch.tensor([8.0])}]
+    assert data.mean_metrics(rows) == {"a": 4.0}
+    with pytest.raises(data.UserError, match="a not finite"):
+        data.mean_metrics([{"a": torch.tensor([math.nan])}])  # nothing was measured
 
 
-@pytest.mark.parametrize("folder", ["file", "file/folder"])
-def test_an_output_folder_that_cannot_be_made_ends_with_a_sentence(tmp_path, folder):
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match=f"error: .*{tmp_path / folder}"):
-        data.check_folder(tmp_path / folder)
-    with pytest.raises(SystemExit, match=f"error: .*{tmp_path / folder}"):
-        data.write_json(tmp_path / folder / "x.json", {})
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_prediction_that_is_not_finite_makes_the_metrics_fail(value):
+    depth = torch.full((3, 1, 4, 4), 2.0)
+    prediction = depth.clone()
+    prediction[1, 0, 2, 3] = value
+    metrics = data.depth_metrics(prediction, depth)
+    assert metrics["rmse_m"].tolist() == [0, math.inf, 0]
+    with pytest.raises(data.UserError, match="rmse_m.* not finite"):
+        data.mean_metrics([metrics])
+    depth[1, 0, 2, 3] = 0  # where nothing was measured it is no matter
+    assert data.mean_metrics([data.depth_metrics(prediction, depth)])["rmse_m"] == 0
 
 
-def save(mode, size, colour=99, **options):
-    return lambda path: Image.new(mode, size, colour).save(path, **options)
+# What is said of the frames, and how they are told from others.
+
+def test_a_line_says_what_depth_a_split_holds(mat, capsys):
+    for raw_depth in False, True:
+        frames = load_frames(mat, raw_depth=raw_depth)
+        line, = capsys.readouterr().out.splitlines()
+        depth = frames.depth.flatten().double()
+        measured = depth[depth > 0]
+        low, middle, high = (measured.quantile(q).item() for q in (0.01, 0.5, 0.99))
+        share = 100 * len(measured) / len(depth)
+        assert (share == 100) == (not raw_depth)
+        assert line.startswith("train: 17 images, depth ")
+        assert [float(word) for word in re.findall(r"\d+(?:\.\d+)?", line)] == [
+            17, *(pytest.approx(x, abs=0.0051) for x in (middle, 1, low, 99, high)),
+            pytest.approx(share, abs=0.051), 0, 10]
+        assert frames.median == pytest.approx(middle)
+
+
+FACTOR, FAR, NONE = "depth in train and test differs", "most of the depth in test", "no pixel"
+SCALES = {  # what has become of the millimetres, 1000 to 9000, in the test depth; what is said
+    "right": (lambda mm: mm, []),
+    "nearly twice": (lambda mm: mm * 19 // 10, []),
+    "more than twice": (lambda mm: mm * 21 // 10, [FACTOR, FAR]),
+    "more than half": (lambda mm: mm * 11 // 20, []),
+    "less than half": (lambda mm: mm * 9 // 20, [FACTOR]),
+    "x5": (lambda mm: mm * 5, [FACTOR, FAR]),
+    "1/256": (lambda mm: mm // 256, [FACTOR]),
+    "bits turned, as in SUN RGB-D": (lambda mm: mm << 3 | mm >> 13, [FACTOR, FAR]),
+    "all beyond 10 m": (lambda mm: mm + 9000, [NONE]),
+    "nearly nothing": (lambda mm: mm * 0 + 1, [NONE]),
+    "nothing": (lambda mm: mm * 0, [NONE])}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_depth_of_another_scale_is_told_before_the_first_epoch(root, tmp_path, scale, capsys):
+    change, expected = SCALES[scale]
+    random = np.random.default_rng(3)
+    for pool, most in ("train", 230), ("test", 9000):  # 9 m, by 255 levels or millimetres
+        for _, path in pairs_of(root, pool):
+            values = random.integers(most // 9, most + 1, Image.open(path).size[::-1])
+            values = change(values).astype(np.uint16) if pool == "test" else values.astype(np.uint8)
+            Image.fromarray(values).save(path)
+    with pytest.raises(data.UserError) as stopped:
+        train.main(["--data", str(root), "--out", str(tmp_path / "run"), "--batch-size", "999"])
+    lines = capsys.readouterr().out.splitlines()
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    if expected == [NONE]:
+        message = str(stopped.value)
+        assert str(root) in message and "test" in message and "look at the depth" in message
+        assert NONE in message and "--lr" not in message
+    else:
+        assert "--batch-size 999" in str(stopped.value)  # when all frames are loaded
+        assert len(warnings) == len(expected)
+        assert all(any(words in line for line in warnings) for words in expected)
+        assert [line.split(":")[0] for line in lines if "median" in line] == ["train", "val", "test"]
+
+
+def test_a_checksum_tells_frames_from_others_whatever_they_lie_in(nyu, packed, tmp_path):
+    sums = [load_frames(path, split).checksum
+            for split in ("train", "val", "test") for path in (nyu, packed)]
+    assert sums[::2] == sums[1::2] and len(set(sums)) == 3
+    for name, place in (("train/depth", (5, 0, 47, 63)), ("train/image", (21, 96, 255, 2)),
+                        ("train/image", (0, 96, 0, 0))):
+        path = shutil.copy(packed, tmp_path / "x.h5")
+        with h5py.File(path, "r+") as file:
+            file[name][place] = 1 + file[name][place] % 2
+        assert load_frames(path).checksum != sums[0]
+        assert load_frames(path, "val").checksum == sums[2]
+
+
+# Where people have their data.
+
+@pytest.mark.parametrize("place", [".", "..", "../..", "data"])
+def test_the_folder_may_be_one_or_two_levels_off(tmp_path, nyu, place):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "nyu_data").symlink_to(nyu)
+    found = tmp_path / "a" / "b" / "nyu_data"
+    for word in Path(place).parts:
+        found = found.parent if word == ".." else found / word
+    for split in "train", "test":
+        assert_equal(load(found, split), load(nyu, split))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_csvs_may_lie_beside_the_folder_data(root, nyu, inside):
+    for csv in (root / "data").glob("*.csv"):
+        csv.rename(root / csv.name)
+    for split in "train", "test":
+        assert_equal(load(root.parent if inside else root, split), load(nyu, split))
+
+
+def kaggle_of(folder, nyu, place):
+    """A folder like /kaggle/input with the data set at a place of it."""
+    (folder / place).parent.mkdir(parents=True)
+    (folder / place).symlink_to(nyu)
+    return folder
+
+
+MOUNTS = {  # where nyu_data lies in /kaggle/input (k) or the user's folder (u)
+    "older": "k/nyu-depth-v2/nyu_data",
+    "newer": "k/datasets/soumikrakshit/nyu-depth-v2/nyu_data",
+    "newer with a version": "k/datasets/soumikrakshit/nyu-depth-v2/versions/1/nyu_data",
+    "kagglehub": "u/.cache/kagglehub/datasets/soumikrakshit/nyu-depth-v2/versions/10/nyu_data",
+    "KAGGLEHUB_CACHE": "cache/datasets/soumikrakshit/nyu-depth-v2/versions/10/nyu_data"}
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch):
+    """What open_source takes for Kaggle's folders, all empty: k, u and cache."""
+    monkeypatch.setattr(data, "KAGGLE_INPUT", tmp_path / "k")
+    monkeypatch.setenv("HOME", str(tmp_path / "u"))
+    monkeypatch.delenv("KAGGLEHUB_CACHE", raising=False)
+    return tmp_path
+
+
+def training_images(tmp_path, *words):
+    """How many a run finds, or the sentence with which it ends before."""
+    with pytest.raises(data.UserError) as stopped:
+        train.main([*words, "--batch-size", "999", "--out", str(tmp_path / "run")])
+    return re.sub(r".*there are (\d+) training images.*", r"\1", str(stopped.value))
+
+
+@pytest.mark.parametrize("mount", MOUNTS)
+def test_nyu_is_found_where_kaggle_has_it(kaggle, nyu, monkeypatch, mount):
+    place = kaggle / MOUNTS[mount]
+    place.parent.mkdir(parents=True)
+    place.symlink_to(nyu)
+    if mount == "KAGGLEHUB_CACHE":
+        monkeypatch.setenv("KAGGLEHUB_CACHE", str(kaggle / "cache"))
+    if place.parent.name == "10":
+        older = place.parents[1] / "9" / "nyu_data" / "data"
+        older.mkdir(parents=True)
+        shutil.copy(nyu / "data" / "nyu2_test.csv", older / "nyu2_train.csv")
+    assert training_images(kaggle) == "22"
+    assert training_images(kaggle, "--rooms", "20") == "18"
+
+
+def test_without_nyu_rooms_are_drawn_but_not_unasked_on_kaggle(kaggle, capsys):
+    assert data.open_source().rooms == 400
+    assert "400 synthetic rooms" in capsys.readouterr().out
+    (kaggle / "k" / "another-data-set").mkdir(parents=True)
+    sentence = training_images(kaggle)
+    assert str(kaggle / "k") in sentence and "--rooms" in sentence
+    assert "soumikrakshit/nyu-depth-v2" in sentence
+    assert training_images(kaggle, "--rooms", "20") == "18"
+
+
+def of_pairs(row, start="", end="\n"):
+    """A CSV with each pair written as row."""
+    return lambda pairs: start + "".join(row.format(*pair) + end for pair in pairs)
+
+
+CSVS = {  # how spreadsheets and Windows write them
+    "byte-order mark": of_pairs("{},{}", "\ufeff"),
+    "spaces": of_pairs("  {} ,\t{}  "),
+    "semicolons": of_pairs("{};{}"),
+    "Windows line ends": of_pairs("{},{}", end="\r\n"),
+    "old Mac line ends": of_pairs("{},{}", end="\r"),
+    "blank rows": of_pairs("{},{}", "\n\n", "\n\n  \n,\n"),
+    "empty cells": of_pairs("{},{},,"),
+    "quotes": of_pairs('"{}","{}"'),
+    "no end": lambda pairs: of_pairs("{},{}")(pairs)[:-1],
+    "all of it": of_pairs('" {} ";{};', "\ufeff\r\n", "\r\n;;\r\n"),
+    "backslashes": lambda pairs: of_pairs("{},{}")(pairs).replace("/", "\\"),
+    "dots": of_pairs("./{},./{}")}
+
+
+@pytest.mark.parametrize("form", CSVS)
+def test_a_csv_may_be_of_any_form_and_its_names_of_any_language(root, nyu, form):
+    for number in range(3):
+        scene = f"scene_{number:04}_out"
+        (root / "data" / "nyu2_train" / scene).rename(
+            root / "data" / "nyu2_train" / f"k\u00fcche {scene} \u53f0\u6240")
+    for pool in data.POOLS:
+        path = root / "data" / f"nyu2_{pool}.csv"
+        text = re.sub("scene_...._out", "k\u00fcche \\g<0> \u53f0\u6240", path.read_text())
+        pairs = [row.split(",") for row in text.splitlines()]
+        path.write_bytes(CSVS[form](pairs).encode())
+    for split in "train", "test":
+        assert_equal(load(root, split), load(nyu, split))
+
+
+def test_a_csv_of_50688_rows_opens_at_once(tmp_path):
+    rows = "".join(f"data/nyu2_train/scene_{i // 180}_out/{i}.jpg,data/nyu2_train/scene_{i // 180}"
+                   f"_out/{i}.png\n" for i in range(50_688))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "nyu2_train.csv").write_text(rows)
+    start = time.monotonic()
+    source = data.open_source(tmp_path)
+    assert time.monotonic() - start < 3
+    assert len(source.names["train"]) == 50_688
+
+
+def test_the_notebook_needs_no_test_csv_but_others_are_told_which(root, tmp_path):
+    (root / "data" / "nyu2_test.csv").unlink()
+    words = ["--data", str(root), "--epochs", "1", "--batch-size", "16"]
+    with pytest.raises(data.UserError, match=f"{root}.*nyu2_test.csv"):
+        train.main([*words, "--out", str(tmp_path / "other")])
+    metrics = train.main([*words, "--notebook", "--out", str(tmp_path / "run")])
+    assert metrics["images"] == 3 and (tmp_path / "run" / "best.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["x.MAT", "x.h5", "x.hdf5", "blob", "x.zip"])
+@pytest.mark.parametrize("kind", ["mat", "packed"])
+def test_hdf5_is_known_by_its_content(request, tmp_path, kind, name):
+    path = request.getfixturevalue(kind)
+    (tmp_path / name).symlink_to(path)
+    assert_equal(load(tmp_path / name, "test"), load(path, "test"))
+
+
+def test_a_file_that_another_program_holds_is_not_called_broken(mat, packed, tmp_path):
+    for original in mat, packed:
+        path = shutil.copy(original, tmp_path)
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # as HDF5 does for a writer
+            message = refuse(path, train, tmp_path)
+        assert "another program" in message and "get it again" not in message
+        load(path)
+
+
+# Broken data.
+
+def save(mode, size, colour=99, form=None):
+    return lambda path: Image.new(mode, size, colour).save(path, form)
+
+
+def text(content, encoding="utf-8"):
+    return lambda path: path.write_bytes(content.encode(encoding))
 
 
 def keep(share):
@@ -319,12 +673,20 @@ def keep(share):
     return lambda path: path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
 
 
+def instead(make):
+    """Puts something else in place of a file or folder."""
+    def apply(path):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        make(path)
+    return apply
+
+
+def loop(path):
+    path.symlink_to(path)
+
+
 def put(depths, value):
     depths[3, 5, 5] = value
-
-
-def put_format(file, text):
-    file.attrs["format"] = text
 
 
 def edit(change):
@@ -335,22 +697,91 @@ def edit(change):
     return apply
 
 
+def renew(name, change=lambda array: array, **options):
+    """Writes an array of an HDF5 file anew."""
+    def apply(file):
+        array = change(file.pop(name)[()])
+        file.create_dataset(name, data=array, **options)
+    return edit(apply)
+
+
+def elsewhere(name):
+    """Moves an array of an HDF5 file into another one, as a link."""
+    def apply(path):
+        shutil.copy(path, path.with_name("y"))
+        with h5py.File(path, "r+") as file:
+            file.pop(name)
+            file[name] = h5py.ExternalLink("y", name)
+    return apply
+
+
+def external(name):
+    """Moves an array of an HDF5 file into another one, which is no HDF5."""
+    def apply(path):
+        with h5py.File(path, "r+") as file:
+            array = file.pop(name)[()]
+            place = str(path.with_name("y"))
+            file.create_dataset(name, data=array, external=[(place, 0, array.nbytes)])
+    return apply
+
+
+def virtual(path):
+    shutil.copy(path, path.with_name("y"))
+    with h5py.File(path, "r+") as file:
+        form = file["images"].shape, file.pop("images").dtype
+        layout = h5py.VirtualLayout(*form)
+        layout[:] = h5py.VirtualSource("y", "images", *form[:1])
+        file.create_virtual_dataset("images", layout)
+
+
+def scribble(path):
+    """Overwrites the head of a file behind its signature."""
+    content = path.read_bytes()
+    path.write_bytes(content[:48] + bytes(752) + content[800:])
+
+
+def put_attribute(name, value):
+    return edit(lambda file: file.attrs.update({name: value}))
+
+
 CSV, TEST_CSV = "nyu_data/data/nyu2_train.csv", "nyu_data/data/nyu2_test.csv"
 JPG, PNG = (f"nyu_data/data/nyu2_train/scene_0001_out/2.{x}" for x in ("jpg", "png"))
 MM = "nyu_data/data/nyu2_test/00003_depth.png"
 S = (160, 120)
+README, GET, PACK = "README", "get it again", "pack it again"
 FAULTS = {  # what is broken (--data is its first folder, or itself); how; what the message says
-    "missing folder": ("nyu_data", shutil.rmtree, "does not exist"),
-    "missing CSV": (CSV, lambda path: path.unlink(), "does not exist"),
-    "missing test CSV": (TEST_CSV, lambda path: path.unlink(), "does not exist"),
-    "row with one column": (CSV, lambda path: path.write_text("data/x.jpg\n"), "data/x.jpg"),
-    "empty CSV": (CSV, lambda path: path.write_text(""), ""),
-    "empty test CSV": (TEST_CSV, lambda path: path.write_text(""), ""),
-    "missing image": (JPG, lambda path: path.unlink(), "No such file"),
+    "missing folder": ("nyu_data", shutil.rmtree, "does not exist", README),
+    "empty folder": ("nyu_data", instead(Path.mkdir), "nyu2_train.csv", README),
+    "folder that is a loop": ("nyu_data", instead(loop), "does not exist", README),
+    "folder that is a pipe": ("nyu_data", instead(os.mkfifo), "does not exist", README),
+    "missing CSV": (CSV, Path.unlink, "does not exist", README),
+    "CSV that is a pipe": (CSV, instead(os.mkfifo), README),
+    "CSV that is a loop": (CSV, instead(loop), README),
+    "CSV that is a folder": (CSV, instead(Path.mkdir), README),
+    "missing test CSV": ("nyu_data", lambda path: (path / "data" / "nyu2_test.csv").unlink(),
+                         "nyu2_test.csv"),
+    "row with one column": (CSV, text("data/x.jpg\n"), "data/x.jpg"),
+    "row with three columns": (CSV, text("a.jpg,a.png\nb.jpg,b.png,c.png\n"), "c.png"),
+    "CSV with tabs": (CSV, text("data/x.jpg\tdata/x.png\n"), "data/x.jpg"),
+    "CSV with NUL bytes": (CSV, text("data/x.jpg,data/\0.png\n"), "no image and depth"),
+    "CSV with an endless cell": (CSV, text('"' + 200_000 * "x"), "field", GET),
+    "CSV with an open quote": (CSV, text('"data/x.jpg,data/x.png\n' + 999 * "y,z\n"), "data/x.jpg"),
+    "CSV in Latin-1": (CSV, text("k\u00fcche/1.jpg,k\u00fcche/1.png\n", "latin-1"), "UTF-8", GET),
+    "CSV in UTF-16": (TEST_CSV, text("data/x.jpg,data/x.png\n", "utf-16"), "UTF-8", GET),
+    "empty CSV": (CSV, text(""), "empty"),
+    "CSV of blank rows": (CSV, text("\n , \n;;\n"), "empty"),
+    "empty test CSV": (TEST_CSV, text(""), "empty"),
+    "missing image": (JPG, Path.unlink, "No such file"),
+    "image that is a pipe": (JPG, instead(os.mkfifo), "No such file"),
+    "image that is a loop": (JPG, instead(loop), "No such file"),
+    "depth that is a pipe": (PNG, instead(os.mkfifo), "No such file"),
+    "depth that is a folder": (MM, instead(Path.mkdir), "No such file"),
     "truncated JPEG": (JPG, keep(0.5), "truncated"),
     "truncated depth": (PNG, keep(0.5), "truncated"),
     "zero-byte PNG": (PNG, keep(0), "cannot identify"),
     "CMYK JPEG": (JPG, save("CMYK", S, (9, 9, 9, 9)), "CMYK"),
+    "16-bit image": (JPG, save("I;16", S, 9999, "PNG"), "I;16"),
+    "image of floats": (JPG, save("F", S, 0.5, "TIFF"), "mode F"),
     "wrong aspect": (JPG, lambda path: (save("RGB", (160, 100))(path),
                                         save("L", (160, 100))(path.with_suffix(".png"))), "4:3"),
     "16-bit training depth": (PNG, save("I;16", S), "8-bit"),
@@ -358,59 +789,292 @@ FAULTS = {  # what is broken (--data is its first folder, or itself); how; what 
     "RGB depth": (PNG, save("RGB", S), "RGB"),
     "depth of nothing": (MM, save("I;16", S, 0), "depth"),
     "depth of another size": (PNG, save("L", (80, 60)), "(80, 60)"),
-    ".mat not HDF5": ("x.mat", lambda path: path.write_text("MATLAB 5.0"), "HDF5"),
-    ".mat cut short": ("x.mat", keep(0.5), "HDF5"),
+    ".mat not HDF5": ("x.mat", text("MATLAB 5.0"), "HDF5", GET),
+    ".mat of no bytes": ("x.mat", keep(0), "HDF5", GET),
+    ".mat cut short": ("x.mat", keep(0.5), "HDF5", GET),
+    ".mat cut very short": ("x.mat", keep(1e-4), "HDF5", GET),
+    ".mat with a broken head": ("x.mat", scribble, "HDF5", GET),
+    ".mat without images": ("x.mat", edit(lambda file: file.pop("images")), "packed"),
     ".mat without depths": ("x.mat", edit(lambda file: file.pop("depths")), "depths"),
+    ".mat with fewer depths": ("x.mat", renew("depths", lambda x: x[:20]), "frame 20:"),
     ".mat with nan": ("x.mat", edit(lambda file: put(file["depths"], math.nan)), "frame 3:"),
+    ".mat with negative depth": ("x.mat", edit(lambda file: put(file["depths"], -1)), "frame 3:"),
     ".mat in mm": ("x.mat", edit(lambda file: put(file["depths"], 2000)), "frame 3:"),
-    ".h5 not ours": ("x.h5", edit(lambda file: file.attrs.pop("format")), "packed"),
-    ".h5 of another version": ("x.h5", edit(lambda file: put_format(file, "frames 99")), "99"),
-    ".h5 cut short": ("x.h5", keep(0.5), "HDF5"),
-    ".zip": ("x.zip", lambda path: path.write_bytes(b"PK"), ".zip")}
+    ".mat of floats": ("x.mat", renew("images", np.float32), "frame 3:"),
+    ".mat of grey images": ("x.mat", renew("images", lambda x: x[:, 0]), "frame 3:"),
+    ".mat of one number": ("x.mat", renew("images", np.sum), "images"),
+    ".mat with images elsewhere": ("x.mat", elsewhere("images"), "images"),
+    ".mat with depths elsewhere": ("x.mat", elsewhere("depths"), "depths"),
+    ".mat with images of no HDF5": ("x.mat", external("images"), "images"),
+    ".mat with images put together": ("x.mat", virtual, "images"),
+    ".h5 not ours": ("x.h5", edit(lambda file: file.attrs.pop("format")), PACK),
+    ".h5 of another version": ("x.h5", put_attribute("format", "METER frames, version 1"),
+                               "version 1", PACK),
+    ".h5 of many versions": ("x.h5", put_attribute("format", [1, 2, 3]), PACK),
+    ".h5 that forgot its pixels": ("x.h5", edit(lambda file: file.attrs.pop("mirror_shift")), PACK),
+    ".h5 cut short": ("x.h5", keep(0.5), "HDF5", GET),
+    ".h5 a byte short": ("x.h5", keep(1 - 1e-7), "HDF5", GET),
+    ".h5 without a pool": ("x.h5", edit(lambda file: file.pop("test")), "test", PACK),
+    ".h5 with an empty pool": ("x.h5", renew("test/image", lambda x: x[:0]), "test", PACK),
+    ".h5 with fewer depths": ("x.h5", renew("train/depth", lambda x: x[:20]), "damaged", PACK),
+    ".h5 with fewer images": ("x.h5", renew("train/image", lambda x: x[:20]), "damaged", PACK),
+    ".h5 of another size": ("x.h5", renew("test/image", lambda x: x[:, :96]), "damaged", PACK),
+    ".h5 of another type": ("x.h5", renew("test/depth", np.float64), "damaged", PACK),
+    ".h5 of the other byte order": (
+        "x.h5", renew("test/depth", lambda x: x.astype(">f4")), "damaged", PACK),
+    ".h5 compressed": ("x.h5", renew("test/image", compression="gzip"), "damaged", PACK),
+    ".h5 of one number": ("x.h5", renew("train/depth", np.sum), "train/depth", PACK),
+    ".h5 with a pool elsewhere": ("x.h5", elsewhere("test"), "test", PACK),
+    ".h5 with depth elsewhere": ("x.h5", elsewhere("test/depth"), "test/depth", PACK),
+    ".h5 with depth of no HDF5": ("x.h5", external("test/depth"), "test/depth", PACK),
+    ".h5 with nan": ("x.h5", edit(lambda file: put(file["train/depth"][:, 0], math.nan)), "frame"),
+    ".zip": ("x.zip", text("PK"), "x.zip", GET)}
 
 
 def refuse(source, script, work):
-    """The message with which a script ends, having left nothing behind."""
+    """The message with which a script ends, having left no half of a file."""
     (work / "out").mkdir()
     path = work / "out" / ("x.h5" if script is data else "run")
     flags = ["", ""] if script is data else ["--data", "--out"]
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(data.UserError) as stopped:
         script.main([word for word in (flags[0], str(source), flags[1], str(path)) if word])
-    assert not list((work / "out").iterdir())
-    assert str(stopped.value.code).startswith("error: ")
-    return stopped.value.code
+    left = [file.name for file in (work / "out").rglob("*") if file.is_file()]
+    assert left == ["config.json"] * (script is train)
+    assert len(str(stopped.value)) < 6000
+    return str(stopped.value)
+
+
+def break_data(request, tmp_path, fault):
+    """A copy of the tests' data with a fault: what --data is, and where the fault lies."""
+    broken, how, *_ = FAULTS[fault]
+    source = tmp_path / broken.split("/")[0]
+    if source.name == "nyu_data":
+        shutil.copytree(request.getfixturevalue("nyu"), source)
+    else:
+        original = "mat" if source.suffix == ".mat" else "packed"
+        shutil.copy(request.getfixturevalue(original), source)
+    how(tmp_path / broken)
+    return source, tmp_path / broken
 
 
 @pytest.mark.parametrize("script", [data, train], ids=["data", "train"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_broken_data_ends_with_a_sentence_that_names_the_file(request, tmp_path, fault, script):
-    broken, how, words = FAULTS[fault]
-    source = tmp_path / broken.split("/")[0]
-    if source.name == "nyu_data":
-        shutil.copytree(request.getfixturevalue("nyu"), source)
-    elif source.suffix in (".mat", ".h5"):
-        original = {".mat": "mat", ".h5": "packed"}[source.suffix]
-        shutil.copy(request.getfixturevalue(original), source)
-    how(tmp_path / broken)
+    source, broken = break_data(request, tmp_path, fault)
     message = refuse(source, script, tmp_path)
-    assert str(tmp_path / broken) in message and words in message
+    for words in (str(broken), *FAULTS[fault][2:]):
+        assert words in message
     assert "cannot write" not in message
 
 
+@pytest.mark.parametrize("fault", ["missing folder", "8-bit test depth", ".mat cut short",
+                                   ".h5 with fewer depths"])
+def test_dissection_ends_with_the_same_sentence(request, tmp_path, fault):
+    source, broken = break_data(request, tmp_path, fault)
+    torch.save(model.METER().state_dict(), tmp_path / "x.pth")
+    with pytest.raises(data.UserError) as stopped:
+        dissect.main([str(tmp_path / "x.pth"), "--data", str(source), "--out",
+                      str(tmp_path / "out")])
+    for words in (str(broken), *FAULTS[fault][2:]):
+        assert words in str(stopped.value)
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("script", [data, train], ids=["data", "train"])
-def test_all_broken_frames_are_counted_and_the_first_twenty_listed(nyu, tmp_path, script):
-    root = shutil.copytree(nyu, tmp_path / "nyu_data")
+def test_all_broken_frames_are_counted_and_the_first_twenty_listed(root, tmp_path, script):
     broken = [image for image, _ in [*pairs_of(root, "train"), *pairs_of(root, "test")][:25]]
     for image in broken:
         keep(0.3)(image)
     message = refuse(root, script, tmp_path)
     listed = [image for image in broken if f"'{image}'," in message]
-    assert "25 " in message.splitlines()[0] and len(listed) == 20
+    assert message.startswith("25 ") and len(listed) == 20
 
 
-def test_streaming_from_a_folder_does_not_pass_over_broken_frames(nyu, tmp_path):
-    root = shutil.copytree(nyu, tmp_path / "nyu_data")
-    keep(0.3)(pairs_of(root, "train")[5][0])
-    with pytest.raises(SystemExit, match="error: "):
-        train.main(["--data", str(root), "--feed", "file", "--epochs", "1",
-                    "--out", str(tmp_path / "run")])
+# What is written.
+
+def test_write_replaces_a_file_in_one_step_or_leaves_it(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    data.write_json(path, {"a": 1})
+
+    def full(file):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    def stopped(file):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(data.UserError, match=f"cannot write {path}: No space left"):
+        data.write(path, full)
+    with pytest.raises(KeyboardInterrupt):
+        data.write(path, stopped)
+    with pytest.raises(ValueError, match="JSON"):  # a mistake of ours
+        data.write_json(path, {"a": math.nan})
+    assert list(path.parent.iterdir()) == [path] and json.loads(path.read_text()) == {"a": 1}
+    data.write_json(path, {"a": 2})
+    assert list(path.parent.iterdir()) == [path] and json.loads(path.read_text()) == {"a": 2}
+
+
+def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "x.json"
+    victim.write_text("precious")
+    seen = []
+    data.write(path, lambda file: (seen.append(file), file.write_bytes(b"first")))
+    for target in victim, tmp_path / "nowhere":
+        seen[0].symlink_to(target)
+        data.write(path, lambda file: file.write_bytes(b"second"))
+        assert path.read_bytes() == b"second" and not path.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [victim, path] and victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("place", ["file/x.json", "file/folder/x.json", "folder"])
+def test_what_cannot_be_written_ends_with_a_sentence(tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(data.UserError, match=f"cannot write {tmp_path / place}: "):
+        data.write_json(tmp_path / place, {})
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("folder", ["file", "file/folder"])
+def test_a_folder_that_cannot_be_made_ends_with_a_sentence(tmp_path, folder):
+    (tmp_path / "file").touch()
+    with pytest.raises(data.UserError, match=f"cannot write to {tmp_path / folder}: "):
+        with data.sole_writer(tmp_path / folder):
+            raise AssertionError("entered")
+
+
+def test_a_second_writer_gets_a_sentence_and_the_first_goes_on(tmp_path, nyu):
+    with data.sole_writer(tmp_path):
+        with pytest.raises(data.UserError, match=f"another program writes to {tmp_path}"):
+            with data.sole_writer(tmp_path):
+                raise AssertionError("entered")
+        with pytest.raises(data.UserError, match=f"another program writes to {tmp_path}"):
+            data.main([str(nyu), str(tmp_path / "x.h5")])
+        with pytest.raises(data.UserError, match=f"another program writes to {tmp_path}"):
+            train.main(["--data", str(nyu), "--out", str(tmp_path)])
+        assert not list(tmp_path.iterdir())
+        data.write_json(tmp_path / "x.json", {})
+    with data.sole_writer(tmp_path):
+        assert (tmp_path / "x.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", ["x.h5", "folder/x.h5", "x.hdf5"])
+def test_pack_writes_only_a_new_h5_into_a_folder_that_exists(nyu, tmp_path, name):
+    (tmp_path / "x.h5").write_text("precious")
+    with pytest.raises(data.UserError, match=str(tmp_path / name)):
+        data.main([str(nyu), str(tmp_path / name)])
+    assert (tmp_path / "x.h5").read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_pack_says_before_its_work_that_the_disk_is_too_small(root, tmp_path, monkeypatch):
+    need = 32 * (256 * 192 * 3 + 64 * 48 * 4)
+    for image, _ in pairs_of(root, "train"):
+        keep(0.3)(image)  # would be found if frames were read
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, need - 1))
+    message = refuse(root, data, tmp_path)
+    assert f"{need:,}" in message and f"{need - 1:,}" in message
+    assert str(tmp_path / "out" / "x.h5") in message
+
+
+FULL = """
+import resource, sys
+import data
+
+def fill():  # what lies beyond this byte cannot be written
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+
+read, frames = data.KaggleFolder.read, []
+
+def read_and_fill(self, *words):
+    frames.append(words)
+    if len(frames) == int(sys.argv[2]):
+        fill()
+    return read(self, *words)
+
+data.KaggleFolder.read = read_and_fill
+data.run_command(lambda: data.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize("space, frame", [(1_000_000, 9), (1_000_000, 1), (100, 1)])
+def test_a_disk_that_fills_while_frames_are_packed_ends_with_a_sentence(
+        nyu, tmp_path, space, frame):
+    words = str(space), str(frame), str(nyu), str(tmp_path / "x.h5")
+    done = subprocess.run([sys.executable, "-c", FULL, *words], text=True, capture_output=True,
+                          cwd=Path(data.__file__).parent)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: cannot write {tmp_path / 'x.h5'}: File too large")
+    assert not list(tmp_path.iterdir())
+
+
+# Flags and the line that tells how far a program is.
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "-1", "-1e-9", "1.01", str(10 ** 400), "",
+                                  "1e", "0x1"])
+def test_a_number_out_of_range_is_refused(text):
+    kinds = [("--min-share", 0), ("--lr", 0)] + [("--epochs", 1), ("--rooms", 10)] * (text != "1.01")
+    for flag, _ in kinds:
+        with pytest.raises(data.UserError, match=flag):
+            train.parse_args([f"{flag}={text}", "--neuron-selective"])
+    for kind in int, float:
+        parse = data.number(kind, 0, 1)
+        assert [parse(text) for text in ("0", "1")] == [0, 1]
+
+
+def test_flags_are_not_abbreviated(nyu, tmp_path):
+    for words in (["--raw", str(nyu)], [str(nyu)], ["--raw-depth", str(nyu)]):
+        with pytest.raises(data.UserError):
+            data.main([*words, str(tmp_path / "x.h5")][:3 if len(words) > 1 else 1])
+    assert not list(tmp_path.iterdir())
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Bare:
+    """A standard output that can only be written to."""
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("kind, variable, pause", [
+    (Terminal, None, 1), (Terminal, "JPY_PARENT_PID", 10), (Terminal, "KAGGLE_KERNEL_RUN_TYPE", 10),
+    (io.StringIO, "JPY_PARENT_PID", 10), (io.StringIO, None, 30), (Bare, None, 30)])
+def test_progress_rewrites_its_line_on_terminals_alone(monkeypatch, kind, variable, pause):
+    for name in "JPY_PARENT_PID", "KAGGLE_KERNEL_RUN_TYPE":
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    clock = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))  # a second for each image
+    output = kind()
+    monkeypatch.setattr(sys, "stdout", output)
+    items = list(data.progress(range(100, 164), "read", 64))
+    monkeypatch.undo()
+    assert items == list(range(100, 164))
+    written = getattr(output, "text", None) or output.getvalue()
+    lines = [line for line in re.split(r"[\r\n]+", written.replace("\033[K", "")) if line]
+    assert ("\r" in written) == (pause == 1) and ("\n" in written) == (pause > 1)
+    assert 64 // (pause + 1) <= len(lines) <= 64 // pause
+    done, rate, left = re.fullmatch(
+        r"read (\d+)/64 \| ([\d.]+) images/s \| (\d+) s left", lines[0]).groups()
+    assert float(rate) == pytest.approx(1, abs=0.1) and int(done) + int(left) == 64
+
+
+def test_progress_counts_images_in_batches_and_never_too_many(monkeypatch):
+    clock = itertools.count(0, 100)
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    output = Bare()
+    monkeypatch.setattr(sys, "stdout", output)
+    list(data.progress(range(3), "read", 1001, 400))
+    monkeypatch.undo()
+    assert re.findall(r"read ([\d,]+/1,001)", output.text) == ["400/1,001", "800/1,001", "1,001/1,001"]

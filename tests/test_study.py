@@ -4,6 +4,7 @@ import json
 
 import pytest
 import study
+
 import train
 from data import UserError
 
@@ -17,7 +18,7 @@ def test_the_rows_are_arguments_of_train_and_have_baselines():
     for name, arguments, layers, _ in study.ROWS:
         assert name.split("_")[0] in names
         train.parse_args(arguments.split())
-        assert set(layers.split()) <= set(train.LAYERS)
+        assert layers and set(layers.split()) <= set(train.meter.LAYERS)
 
 
 def test_two_rows_are_run_compared_and_not_run_again(packed, tmp_path, monkeypatch, capsys):

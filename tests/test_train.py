@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import runpy
 import shlex
 import shutil
@@ -283,9 +282,9 @@ def literal_run(notebook):
     """Two epochs of three steps, literally, seed 3: (terms of each step, weights, their average).
 
     A plain loop: AdamW written out, slow terms. Ours: cosine from 1e-3, augmented, dec_3 pulled to
-    its bins by -0.6; the notebook's: 1e-4, three layers, literal -0.5, its split.
+    its bins by -0.6; the notebook's: 1e-4, two layers, literal -0.5, its split.
     """
-    names, alpha = (["dec_3", "enc_4", "enc_7"], -0.5) if notebook else (["dec_3"], -0.6)
+    names, alpha = (["dec_3", "enc_4"], -0.5) if notebook else (["dec_3"], -0.6)
     count = 9 if notebook else 11  # of the twelve images, 80 % or 90 %, in file order
     images, depths = GreyRooms(12, "cpu").frames("train", range(count))
     images = images.permute(0, 3, 1, 2) / 255
@@ -409,7 +408,7 @@ def test_alpha_is_relative_to_the_loss_in_value_and_gradient_and_literal_in_the_
 def test_training_equals_a_literal_loop(notebook, packed, tmp_path, on_cpu):
     words = ["--data", packed, "--neuron-selective", "--batch-size", 4, "--epochs", 2, "--seed", 3]
     if notebook:
-        words += ["--notebook", "--layers", "dec_3", "enc_4", "enc_7", "--alpha", -0.5]
+        words += ["--notebook", "--layers", "dec_3", "enc_4", "--alpha", -0.5]
     else:
         words += ["--layers", "dec_3", "--alpha", -0.6, "--lr", 1e-3]
     run(*words, "--out", tmp_path)
@@ -547,7 +546,7 @@ def test_a_prediction_that_is_not_finite_fails_the_evaluation(device):
     model = far_sighted()
     with torch.no_grad():
         model.decoder.conv2d_out.weight[0, 0, 0, 0] = math.nan
-    with pytest.raises(data.UserError, match="rmse_m.* not finite"):
+    with pytest.raises(data.UserError, match="predicts nan or infinity.*rmse_m"):
         train.evaluate(model.to(device), SomeFrames(device), train.parse_args([]))
 
 
@@ -556,7 +555,7 @@ def test_a_nan_in_validation_ends_the_run_and_stands_in_no_file(flags, tmp_path)
     model.encoder.conv2[1].running_mean.fill_(-3e38)  # finite; training takes the batch's own mean
     torch.save(model.state_dict(), tmp_path / "start.pt")
     message = refusal(*flags, "--init", tmp_path / "start.pt", "--out", tmp_path / "run")
-    assert "not finite" in message
+    assert "predicts nan or infinity" in message
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json"}
     read_json(tmp_path / "run" / "config.json")
 
@@ -626,9 +625,12 @@ def test_the_best_epoch_is_kept_and_judged_not_the_last(notebook, packed, tmp_pa
             found |= dict(zip(keys, (counts, other)))
         return found
 
+    drawn = []
     monkeypatch.setattr(train, "evaluate", judge)
+    monkeypatch.setattr(train, "draw_curves", lambda rows, *_: drawn.append(len(rows)))
     words = ["--data", packed, "--batch-size", 4, "--epochs", 3, "--lr", 0.03]
     metrics = run(*words, *["--notebook"] * notebook, "--out", tmp_path)
+    assert drawn == [1, 3]  # at first, every 20 seconds, and at the end
     assert state(tmp_path / "best.pt")["epoch"] == 2 and state(tmp_path / "last.pt")["epoch"] == 3
     assert state(tmp_path / "last.pt")["best_epoch"] == 2
 
@@ -681,17 +683,18 @@ def test_the_line_of_an_epoch_is_short_and_from_the_row_of_the_log(packed, tmp_p
 
 # What a run depends on.
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(flags, unbroken, tmp_path):
-    run(*flags, "--out", tmp_path / "same")
-    assert_same_run(unbroken, tmp_path / "same")
-    run(*flags, "--seed", 1, "--epochs", 1, "--out", tmp_path / "other")
-    assert log(tmp_path / "other")[0]["loss"] != log(unbroken)[0]["loss"]
+def test_the_same_seed_gives_the_same_run(flags, unbroken, tmp_path):
+    run(*flags, "--out", tmp_path)
+    assert_same_run(unbroken, tmp_path)
 
 
-@pytest.mark.parametrize("seed", [time.time_ns(), 2 ** 63 - 1], ids=["now", "largest"])
-def test_large_seeds_work(seed, flags, tmp_path):
-    metrics = run(*flags, "--epochs", 1, "--seed", seed, "--out", tmp_path)
-    assert math.isfinite(metrics["rmse_m"])
+def test_other_seeds_give_other_runs_also_large_ones(flags, unbroken, tmp_path):
+    losses = [column(unbroken, "loss")[0]]
+    for name, seed in (("now", time.time_ns()), ("largest", 2 ** 63 - 1)):
+        metrics = run(*flags, "--epochs", 1, "--seed", seed, "--out", tmp_path / name)
+        assert math.isfinite(metrics["rmse_m"])
+        losses += column(tmp_path / name, "loss")
+    assert len(set(losses)) == 3
 
 
 def test_selective_training_starts_from_a_checkpoint_and_logs_its_layers(flags, unbroken, tmp_path):
@@ -736,50 +739,50 @@ def test_a_compiled_run_follows_the_plain_one(flags, tmp_path, on_cpu):
 
 # Runs that were cut off.
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
 def test_a_signal_loses_the_running_epoch_and_resume_equals_an_unbroken_run(
-        number, flags, unbroken, tmp_path, monkeypatch, command):
-    with monkeypatch.context() as patch:
-        in_epoch(patch, 2, lambda: os.kill(os.getpid(), number))
-        patch.setattr(data, "write_figure", lambda *_: None)
-        with pytest.raises(SystemExit) as stop:
-            command(*flags, "--out", tmp_path)
-    assert "stopped" in stop.value.code and "--resume" in stop.value.code
-    assert state(tmp_path / "last.pt")["epoch"] == 1
+        flags, unbroken, tmp_path, monkeypatch, command):
+    for number, words in ((signal.SIGINT, []), (signal.SIGTERM, ["--resume"])):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            in_epoch(patch, 2, lambda number=number: os.kill(os.getpid(), number))
+            command(*flags, "--out", tmp_path, *words)
+        assert "stopped" in stop.value.code and "--resume" in stop.value.code
+        assert state(tmp_path / "last.pt")["epoch"] == 1
     run(*flags, "--out", tmp_path, "--resume")
     assert_same_run(unbroken, tmp_path)
 
 
-def test_a_run_that_dies_in_any_write_resumes_to_the_same_end(
+def test_a_run_that_dies_in_a_write_resumes_to_the_same_end(
         flags, unbroken, tmp_path, monkeypatch):
     genuine, out, died = os.replace, tmp_path / "out", []
 
     def replace(temporary, path):
-        died.append(shutil.copytree(out, tmp_path / f"died in write {len(died)}"))
+        if path.name != "config.json":
+            died.append(shutil.copytree(out, tmp_path / f"{len(died)} died in {path.name}"))
         genuine(temporary, path)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
         run(*flags, "--out", out)
-    # config; last, best and log of two epochs; metrics. Without a second best, one less.
-    assert len(died) in (7, 8) and all(list(folder.glob(".*.tmp")) for folder in died)
-    for folder in died[1:2] + died[4:]:  # in the other writes the same is to be done
+    names = [folder.name[2:] for folder in died]
+    best = ["died in best.pt"] * (len(died) == 7)  # of the second epoch, if it is better
+    assert names == ["died in last.pt", "died in best.pt", "died in log.csv", "died in last.pt",
+                     *best, "died in log.csv", "died in metrics.json"]
+    assert all(len(list(folder.glob(".*.tmp"))) == 1 for folder in died)
+    between = died[1]  # killed between last.pt and best.pt
+    assert (between / "last.pt").exists() and not (between / "best.pt").exists()
+    for folder in (between, *died[-3:]):
         run(*flags, "--out", folder, "--resume")
         assert_same_run(unbroken, folder)
         assert not list(folder.glob(".*.tmp"))
 
 
-def test_a_run_killed_between_last_and_best_gets_its_best_and_log_on_resume(flags, tmp_path):
-    words = [*flags, "--epochs", 1, "--out", tmp_path]
-    run(*words)
-    whole = {name: state(tmp_path / name)["model"] for name in ("last.pt", "best.pt")}
-    rows = log(tmp_path)
-    for name in ("best.pt", "log.csv", "metrics.json"):
-        (tmp_path / name).unlink()
-    run(*words, "--resume")
-    assert log(tmp_path) == rows
-    for name, weights in whole.items():
-        assert_same(state(tmp_path / name)["model"], weights)
+def test_a_best_and_a_log_that_were_not_written_any_more_appear_on_resume(
+        unbroken, finished, flags):
+    last = state(finished / "last.pt")
+    for name in ("log.csv", "metrics.json", *["best.pt"] * (last["best_epoch"] == last["epoch"])):
+        (finished / name).unlink()
+    run(*flags, "--out", finished, "--resume")
+    assert_same_run(unbroken, finished)
 
 
 def test_a_killed_process_resumes_to_the_same_end(flags, tmp_path, monkeypatch):
@@ -840,16 +843,16 @@ def test_resume_over_one_changed_value_is_refused(
     other = changed(packed, tmp_path / "other.h5", change)
     before = {path: path.read_bytes() for path in finished.glob("*[tv]")}  # .pt, .csv
     message = refusal(*flags, "--data", other, "--out", finished, "--resume")
-    assert "other frames" in message and str(finished) in message
+    assert "frames" in message and "checksum" in message and str(finished) in message
     assert before == {path: path.read_bytes() for path in before} and len(before) == 3
 
 
 def test_resume_over_another_number_of_frames_says_both(finished, flags, tmp_path):
     data.pack(GreyRooms(20, "cpu"), tmp_path / "more.h5")
     message = refusal(*flags, "--data", tmp_path / "more.h5", "--out", finished, "--resume")
-    assert "other frames" in message and "18" in message and "11" in message
+    assert "frames" in message and "[18, " in message and "[11, " in message
     rooms = refusal("--rooms", 20, *flags[2:], "--out", finished, "--resume")
-    assert "other frames" in rooms and "18" in rooms and "11" in rooms
+    assert "frames" in rooms and "[18, " in rooms and "[11, " in rooms
 
 
 def test_the_same_frames_under_another_path_or_spelling_resume(
@@ -976,6 +979,7 @@ def test_no_compiler_ends_before_anything_is_written(flags, tmp_path, monkeypatc
 
 def test_a_full_disk_ends_with_a_sentence_and_keeps_last_pt(
         flags, unbroken, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
     free = resource.getrlimit(resource.RLIMIT_FSIZE)
     full = (1_000_000, free[1])  # bytes; no checkpoint is as small
     with monkeypatch.context() as patch:
@@ -1046,7 +1050,8 @@ def test_every_command_of_the_readme_and_the_docstrings_parses(tmp_path, monkeyp
     for source, text in texts.items():
         for script, words in commands(text):
             seen.add(Path(script).name)
-            words = shlex.split(re.sub(r"\$\{?\w+\}?", "0", words), comments=True)
+            words = re.sub(r"\$\{?\w+\}?|(?<= )[A-Z](?!\S)", "0", words)  # $seed, S: a number
+            words = shlex.split(words, comments=True)
             try:
                 if Path(script).name == "train.py":
                     train.parse_args(words)
@@ -1069,7 +1074,8 @@ AMPS = pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 
 def gpu_training(packed, amp, *words):
     """What a step needs, as `train.run` makes it, and a batch of each size: 4, 4, 3."""
-    args = train.parse_args(["--neuron-selective", "--amp", amp, *words])
+    args = train.parse_args(["--neuron-selective", "--layers", "enc_4", "dec_3", "--amp", amp,
+                             *words])
     device = torch.device("cuda")
     _, autocast, scaler = train.mixed_precision(amp, device)
     torch.manual_seed(0)
@@ -1127,7 +1133,7 @@ def test_features_recorded_in_a_graph_give_the_terms_of_the_regulariser(packed):
     for n in range(6):  # nothing is learnt at a rate of 0
         image, depth, *rest = step_inputs(batches, n, [0, -0.1, 1.0])
         terms = step(image, depth, *rest)
-        with torch.no_grad(), record(model, ["dec_3", "enc_4"]) as features:
+        with torch.no_grad(), record(model, ["enc_4", "dec_3"]) as features:
             prediction = model(data.normalise(image / 255))
         scores = [assigned_selectivity(x, depth, layer_thresholds(x.shape[1], device=x.device))
                   for x in features.values()]
@@ -1165,7 +1171,7 @@ def test_precisions_agree_on_a_gpu_and_with_a_cpu(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     run(*words, "--out", tmp_path / "cpu")
     exact = column(tmp_path / "cpu", "loss")
-    assert column(tmp_path / "off", "loss") == pytest.approx(exact, rel=1e-3)
+    assert column(tmp_path / "off", "loss") == pytest.approx(exact, rel=5e-3)
     for amp in ("bf16", "fp16"):
         assert column(tmp_path / amp, "loss") == pytest.approx(exact, rel=0.02)
 
