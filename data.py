@@ -322,7 +322,7 @@ class Packed(Source):
     They are mapped: what lies there is read when it is used, and may be larger than memory."""
 
     def __init__(self, path, file):
-        self.mirror_shift = int(file.attrs["mirror_shift"])
+        self.mirror_shift = int(file.attrs.get("mirror_shift", 1))
         self.arrays, names = {}, {}
         for pool, (key, (shape, kind)) in product(POOLS, FORMS.items()):
             found = dataset(file, f"{pool}/{key}")
@@ -394,11 +394,11 @@ def open_hdf5(path, raw_depth):
     try:
         file = h5py.File(path)
     except OSError as error:
-        broken = "signature" in str(error) or "truncated" in str(error)
-        advice = "get it again" if broken else "another program holds it, or you may not read it"
+        held = "lock" in str(error) or isinstance(error, PermissionError)
+        advice = "another program holds it, or you may not read it" if held else "get it again"
         raise UserError(f"{path} cannot be opened as HDF5 ({error}): {advice}.") from error
 
-    if file.attrs.get("format") == PACKED:
+    if str(file.attrs.get("format")) == PACKED:
         return Packed(path, file)
     if "images" in file:
         return LabeledMat(path, file, raw_depth)
@@ -409,7 +409,7 @@ def dataset(file, name):
     """A dataset of an HDF5 file; UserError if it is missing or its values lie in another file."""
     found = file.get(name)
     if (not isinstance(found, h5py.Dataset) or found.file.filename != file.filename
-            or found.external or found.is_virtual):
+            or found.external or found.is_virtual or not found.shape):
         raise UserError(f"{file.filename} lacks {name} or has it elsewhere: get or pack it again.")
     return found
 
@@ -521,8 +521,7 @@ class Frames:
             computing.wait_stream(self.copying)
             for x in batch:
                 x.record_stream(computing)  # not to be freed before it is read
-        image, depth = batch
-        return image.permute(0, 3, 1, 2), depth
+        return batch[0].permute(0, 3, 1, 2), batch[1]
 
     def batches(self, batch_size, order=None):
         """Yields what `fetch` gives."""

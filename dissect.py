@@ -29,9 +29,8 @@ COLUMNS = ["unit", "selectivity", "peak_bin", "peak_m", "assigned_bin", "assigne
            "dead"]  # of units.csv, after checkpoint and layer; a dead unit has peak_bin -1
 ORDERS = {"most": ("tab:red", "most selective first"), "random": ("silver", "five random orders"),
           "least": ("tab:blue", "least selective first")}  # by their first word: colour, label
-# What dissect.py writes, and clears when it writes there again.
 OUTPUTS = ["dissect.json", "units.csv", "ablation.csv", "overview.png", "ablation.png",
-           "*_units.png", "*_activations.png", "*_photos_*.png", "*_depth.png"]
+           "*_units.png", "*_activations.png", "*_photos_*.png", "*_depth.png"]  # cleared when run again
 
 
 # Measuring.

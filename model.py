@@ -54,8 +54,7 @@ LAYERS = {  # name -> module path, in the order of the forward pass
 # Where files of others keep the weights, and what they put before the names.
 WEIGHTS = "model_state_dict", "model", "state_dict", "net"
 PREFIXES = r"^((module|_orig_mod|model|net)\.)+"
-# Layers without a final ReLU: their units answer with either sign.
-SIGNED = "enc_1", "enc_2", "enc_3", "enc_4", "enc_5", "enc_7", "enc_9", "dec_0"
+SIGNED = "enc_1", "enc_2", "enc_3", "enc_4", "enc_5", "enc_7", "enc_9", "dec_0"  # no final ReLU
 
 
 # The network. Modules bear the names of the released weights, which load without a mapping.

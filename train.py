@@ -444,22 +444,26 @@ def run(args):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True, capturable=gpu)
     if state:
         model.load_state_dict(state["training"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+        if state["scaler"]:  # of fp16
+            scaler.load_state_dict(state["scaler"])
         save_epoch(args.out, state)
     optimizer.param_groups[0]["lr"] = torch.zeros(
         (), device=device, dtype=torch.float32 if gpu else torch.float64)
     if args.compile:
         model.compile(dynamic=False)
     step = make_step(model, average, optimizer, scaler, autocast, args, train.mirror_shift)
-    if gpu:
-        step = recorded(step)
+    step = recorded(step) if gpu else step
 
     print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, amp {amp} | METER {args.variant} | "
           f"alpha {args.alpha if layers else 0} | {args.out.absolute()}", flush=True)
     rows = state.get("rows", [])  # of log.csv, one for each epoch that is done
-    constant, drawn = constant_rmse(val), -inf
-    steps = ceil(len(train) / args.batch_size)
+    constant, drawn, steps = constant_rmse(val), -inf, ceil(len(train) / args.batch_size)
+
+    def draw():
+        draw_curves(rows, constant, args.out / "curves.png")
+        draw_predictions(average, {"training": train, "validation": val},
+                         f"{args.out.name}, epoch {len(rows)}", args.out / "predictions.png")
 
     for epoch in range(len(rows), args.epochs):
         # What an epoch draws depends on the seed and its number alone: resumed runs are the same.
@@ -496,12 +500,11 @@ def run(args):
             "best_epoch": min(rows, key=lambda row: row[score])["epoch"],
             "training": model.state_dict(), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict()})
-        if time.monotonic() - drawn > DRAW_EVERY or epoch + 1 == args.epochs:
-            draw_curves(rows, constant, args.out / "curves.png")
-            draw_predictions(average, {"training": train, "validation": val},
-                             f"{args.out.name}, epoch {epoch + 1}", args.out / "predictions.png")
+        if time.monotonic() - drawn > DRAW_EVERY:
+            draw()
             drawn = time.monotonic()
 
+    draw()
     best = args.out / "best.pt"
     model, _ = meter.load_checkpoint(best)
     metrics = {"split": "test", "images": len(test), **evaluate(model.to(device), test, args)}

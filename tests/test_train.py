@@ -190,6 +190,14 @@ def assert_same_run(one, other):
     assert read_json(one / "metrics.json") == read_json(other / "metrics.json")
 
 
+def changed(packed, path, change):
+    """A copy of the packed frames in which change(file) was made."""
+    shutil.copy(packed, path)
+    with h5py.File(path, "r+") as file:
+        change(file)
+    return path
+
+
 def on_call(monkeypatch, place, name, number, act):
     """From the `number`-th call of place.name on, act(result) stands in for its result."""
     genuine, calls = getattr(place, name), []
@@ -303,7 +311,7 @@ def literal_run(notebook):
         image, depth, rate, pull, weight = images[batch], depths[batch], 1e-4, alpha, 1.0
         if not notebook:
             draws = torch.rand(count, 11, generator=chance)[batch]
-            image, depth = data.augment(image, depth, draws)
+            image, depth = data.augment(image, depth, draws, mirror_shift=3)
             done = n / 6
             rate = 1e-3 * min((done + 1e-3) / 0.05,
                               (1 + math.cos(math.pi * max(0, done - 0.05) / 0.95)) / 2)
@@ -324,7 +332,7 @@ def literal_run(notebook):
             balanced = sum(terms.values())
             loss = balanced + pull * sum(scores.values()) * balanced.item()
         named = {"loss": loss, **terms, **{f"selectivity_{x}": y for x, y in scores.items()}}
-        steps.append({key: x.item() for key, x in named.items()})
+        steps.append({key: x.item() for key, x in named.items()} | {"lr": rate})
 
         model.zero_grad()
         loss.backward()
@@ -406,7 +414,8 @@ def test_alpha_is_relative_to_the_loss_in_value_and_gradient_and_literal_in_the_
 
 @pytest.mark.parametrize("notebook", [True, False], ids=["notebook", "ours"])
 def test_training_equals_a_literal_loop(notebook, packed, tmp_path, on_cpu):
-    words = ["--data", packed, "--neuron-selective", "--batch-size", 4, "--epochs", 2, "--seed", 3]
+    frames = changed(packed, tmp_path / "rooms.h5", lambda file: file.attrs.update(mirror_shift=3))
+    words = ["--data", frames, "--neuron-selective", "--batch-size", 4, "--epochs", 2, "--seed", 3]
     if notebook:
         words += ["--notebook", "--layers", "dec_3", "enc_4", "--alpha", -0.5]
     else:
@@ -414,6 +423,8 @@ def test_training_equals_a_literal_loop(notebook, packed, tmp_path, on_cpu):
     run(*words, "--out", tmp_path)
 
     steps, weights, average = literal_run(notebook)
+    lrs = [step.pop("lr") for step in steps]
+    assert column(tmp_path, "lr") == pytest.approx([lrs[2], lrs[5]])  # of the last step
     for key in steps[0]:
         means = [sum(step[key] for step in steps[n:n + 3]) / 3 for n in (0, 3)]
         assert column(tmp_path, key) == pytest.approx(means, rel=2e-4), key
@@ -571,7 +582,7 @@ def test_the_mean_depth_everywhere_has_the_rmse_of_a_loop(device):
 
 # Whole runs: what they write.
 
-def test_a_run_writes_its_files_with_all_figures_and_columns(unbroken):
+def test_a_run_writes_its_files_with_all_figures_and_columns(unbroken, packed):
     assert {path.name for path in unbroken.iterdir()} == {
         "config.json", "log.csv", "last.pt", "best.pt", "curves.png", "predictions.png",
         "metrics.json"}
@@ -580,6 +591,7 @@ def test_a_run_writes_its_files_with_all_figures_and_columns(unbroken):
     assert [row["epoch"] for row in log(unbroken)] == ["1", "2"]
     config, metrics = (read_json(unbroken / f"{name}.json") for name in ("config", "metrics"))
     assert config["epochs"] == 2 and config["alpha"] == -0.1 and metrics["images"] == 2
+    assert (config["data"], config["rooms"]) == (str(packed), None)
     assert set(metrics) == {*METRICS, "val_loss", "split", "images"}
     for name in ("curves.png", "predictions.png"):
         with Image.open(unbroken / name) as picture:
@@ -630,7 +642,7 @@ def test_the_best_epoch_is_kept_and_judged_not_the_last(notebook, packed, tmp_pa
     monkeypatch.setattr(train, "draw_curves", lambda rows, *_: drawn.append(len(rows)))
     words = ["--data", packed, "--batch-size", 4, "--epochs", 3, "--lr", 0.03]
     metrics = run(*words, *["--notebook"] * notebook, "--out", tmp_path)
-    assert drawn == [1, 3]  # at first, every 20 seconds, and at the end
+    assert drawn[-1] == 3 and len(drawn) < 3  # every 20 seconds and at the end
     assert state(tmp_path / "best.pt")["epoch"] == 2 and state(tmp_path / "last.pt")["epoch"] == 3
     assert state(tmp_path / "last.pt")["best_epoch"] == 2
 
@@ -679,6 +691,18 @@ def test_the_line_of_an_epoch_is_short_and_from_the_row_of_the_log(packed, tmp_p
     assert list(said) == ["epoch", "loss", "rmse_m", "delta1", "selectivity", "seconds", "images/s"]
     assert {key: float(x) for key, x in said.items()} == pytest.approx(
         {key: float(row[key]) for key in said}, rel=1e-3)
+
+
+def test_depth_of_another_scale_in_the_test_is_warned_of(flags, packed, tmp_path, capsys):
+    def change(file):
+        file["test"]["depth"][:] = file["test"]["depth"][:] / 3
+
+    other = changed(packed, tmp_path / "other.h5", change)
+    run(*flags, "--epochs", 1, "--data", other, "--out", tmp_path / "other")
+    warning = "warning: depth in train and test differs"
+    assert warning in capsys.readouterr().out
+    run(*flags, "--epochs", 1, "--out", tmp_path / "same")
+    assert warning not in capsys.readouterr().out
 
 
 # What a run depends on.
@@ -785,6 +809,15 @@ def test_a_best_and_a_log_that_were_not_written_any_more_appear_on_resume(
     assert_same_run(unbroken, finished)
 
 
+def test_figures_that_a_kill_kept_from_being_drawn_appear_on_resume(
+        finished, flags, monkeypatch):  # BUG: they do not, as the loop alone draws
+    drawn = []
+    monkeypatch.setattr(train, "draw_curves", lambda rows, *_: drawn.append(len(rows)))
+    monkeypatch.setattr(train, "draw_predictions", lambda *_: drawn.append("predictions"))
+    run(*flags, "--out", finished, "--resume")
+    assert drawn == [2, "predictions"]
+
+
 def test_a_killed_process_resumes_to_the_same_end(flags, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")             # a GPU takes seconds to start
@@ -822,14 +855,6 @@ def test_resume_refuses_other_settings_and_says_which(flags, unbroken):
     message = refusal(*resume, "--epochs", 3, "--seed", 4)
     assert "epochs 2, not 3" in message and "seed 0, not 4" in message
     assert "--resume" in refusal(*flags, "--out", unbroken)  # a run is never overwritten
-
-
-def changed(packed, path, change):
-    """A copy of the packed frames in which change(file) was made."""
-    shutil.copy(packed, path)
-    with h5py.File(path, "r+") as file:
-        change(file)
-    return path
 
 
 @pytest.mark.parametrize("pool, key, place", [
@@ -1161,6 +1186,28 @@ def test_a_run_that_is_cut_off_and_resumed_on_a_gpu_equals_an_unbroken_one(
     assert state(tmp_path / "broken" / "last.pt")["epoch"] == 1
     run(*words, "--out", tmp_path / "broken", "--resume")
     assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
+@needs_gpu
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+@pytest.mark.parametrize("first", ["cpu", "gpu"])
+def test_a_run_goes_on_after_a_move_between_cpu_and_gpu(  # BUG: from CPU to GPU it did not
+        first, half, flags, tmp_path, monkeypatch):
+    def die():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: half == "bf16")
+    for device in ("cpu", "gpu") if first == "cpu" else ("gpu", "cpu"):
+        with monkeypatch.context() as patch:
+            if device == "cpu":
+                patch.setattr(torch.cuda, "is_available", lambda: False)
+            if device == first:
+                in_epoch(patch, 2, die)
+                with pytest.raises(KeyboardInterrupt):
+                    run(*flags, "--lr", 1e-3, "--out", tmp_path)
+            else:
+                metrics = run(*flags, "--lr", 1e-3, "--out", tmp_path, "--resume")
+    assert math.isfinite(metrics["rmse_m"]) and column(tmp_path, "epoch") == [1, 2]
 
 
 @needs_gpu
