@@ -460,7 +460,7 @@ def run(args):
     rows = state.get("rows", [])  # of log.csv, one for each epoch that is done
     constant, drawn, steps = constant_rmse(val), -inf, ceil(len(train) / args.batch_size)
 
-    def draw():
+    def draw_figures():
         draw_curves(rows, constant, args.out / "curves.png")
         draw_predictions(average, {"training": train, "validation": val},
                          f"{args.out.name}, epoch {len(rows)}", args.out / "predictions.png")
@@ -501,10 +501,10 @@ def run(args):
             "training": model.state_dict(), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict()})
         if time.monotonic() - drawn > DRAW_EVERY:
-            draw()
+            draw_figures()
             drawn = time.monotonic()
 
-    draw()
+    draw_figures()
     best = args.out / "best.pt"
     model, _ = meter.load_checkpoint(best)
     metrics = {"split": "test", "images": len(test), **evaluate(model.to(device), test, args)}
