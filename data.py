@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # of a mapped file
 SIZE = 192, 256                # height, width of METER's input
 DEPTH_SIZE = 48, 64            # and of its output
 MEAN = 0.485, 0.456, 0.406     # ImageNet's, of RGB in 0..1
@@ -57,8 +59,7 @@ MIN_SHARE = 0.001              # of the pixels: depth bins with no more do not c
 POOLS = "train", "test"        # of frames, in each source
 PACKED = "METER frames, version 2"  # attribute `format` of a packed .h5
 HOW_TO_GET_NYU = "README, Data, tells how to get NYU Depth V2 (4.1 GB); then point --data to it."
-# The 654 official test frames among the 1,449 labelled ones, one bit each.
-TEST_BITS = (
+TEST_BITS = (  # the 654 official test frames among the 1,449 labelled ones, one bit each
     "wIfIH//mAb4AHh/gAAAOD7yAAOADvx///8PwHAAAAEABA4P4AfwHOA/+AAM/8AAB/DgAPAAH4P8AB8/4AAAAH7/8OOAO"
     "P//gPgPAPhj4APwYYcMfn4fM4H+MHzwDAAP////gAfB8DgD//HD8DgAAAABwDgceAOADzn+AA+DwcA4BxgGYwAA/8f9/"
     "eA4/4wH//H5nPwHw//HwfOADx/+APw/+5/BgAPPwOPAZgAH+f4P8DweA/4A=")
@@ -244,9 +245,8 @@ def mirror_shift(width):
     Pillow's NEAREST takes one pixel for a cell of `step`: the middle one, or the right one of two,
     at .625 of the cell if the frame has 256 pixels and at .55 if it has 640. Mirrored it stands at
     .375 or .45, which is 1 or .4 pixels of 256 away."""
-    step = width / DEPTH_SIZE[1]
-    place = (int(step / 2) + 0.5) / step
-    return round(8 * (place - 0.5))
+    step, rest = divmod(width, DEPTH_SIZE[1])
+    return 0 if rest else round(8 * ((step // 2 + 0.5) / step - 0.5))
 
 
 def to_rgb(image):
@@ -330,7 +330,7 @@ class Packed(Source):
             n = len(names.setdefault(pool, range(len(found))))
             if offset is None or found.shape != (n, *shape) or found.dtype != kind:
                 raise UserError(f"{path} is damaged ({pool}/{key} {found.shape}): pack it again.")
-            mapped = np.memmap(path, kind, "c", offset, found.shape)
+            mapped = np.memmap(path, kind, "r", offset, found.shape)
             self.arrays[pool, key] = torch.from_numpy(mapped)
         super().__init__(path, names)
 
@@ -394,7 +394,7 @@ def open_hdf5(path, raw_depth):
     try:
         file = h5py.File(path)
     except OSError as error:
-        held = "lock" in str(error) or isinstance(error, PermissionError)
+        held = isinstance(error, BlockingIOError | PermissionError)
         advice = "another program holds it, or you may not read it" if held else "get it again"
         raise UserError(f"{path} cannot be opened as HDF5 ({error}): {advice}.") from error
 
@@ -461,9 +461,9 @@ def split_indices(n, split, notebook=False):
 
 def stop_on_faults(source):
     """UserError with the names of broken frames. Call it when all Frames are loaded."""
-    if source.faults:
-        raise UserError(f"{len(source.faults)} broken frames, to be mended or taken out. The first "
-                        "twenty:\n  " + "\n  ".join(sorted(source.faults)[:20]))
+    faults = sorted(set(source.faults))
+    if faults:
+        raise UserError(f"{len(faults)} broken frames:\n  " + "\n  ".join(faults[:20]))
 
 
 class Frames:

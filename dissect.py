@@ -193,7 +193,7 @@ def draw_overview(results, path):
         axis.set(title=f"{key}: {meaning}", ylabel="mean over units")
         axis.grid(alpha=0.3, axis="y")
     axis.set_xticks(range(len(means)), starred(results), rotation=30)
-    figure.axes[0].legend(title="* regularised in one of them")
+    axis.legend(title="* regularised in one of them")
     return write_figure(path, figure)
 
 

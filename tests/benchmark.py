@@ -5,9 +5,10 @@
     python tests/benchmark.py --profile 64     # operators and kernels of a training step
 
 Every line is a median after warm-up, with its time against that of the line it is compared with. On
-a CPU the lines of a block take turns: a busy moment of the machine slows all. Of a training step
-also the share of the speed that memory allows: what backward needs is written and read once, and so
-are its gradients, at the speed at which a large tensor is copied. Nothing is asserted here.
+a CPU the lines of a block take turns and a ratio is the median over the rounds: a busy moment of
+the machine slows all. Of a training step also how near it is to what memory allows: what backward
+needs is written and read once, and so are the gradients of it, at the speed at which a large tensor
+is copied. Nothing is asserted here.
 """
 import copy
 import csv
@@ -21,6 +22,7 @@ from functools import cache, partial
 from math import inf
 from operator import attrgetter
 from pathlib import Path
+from statistics import median
 from unittest.mock import patch
 
 import numpy as np
@@ -65,11 +67,14 @@ def race(title, images, lines, device, rounds):
                 times.setdefault(name, []).append((time.perf_counter() - start) / calls)
 
         for name, base, *_ in group:
-            own = np.array(times[name][2:])  # seconds
-            ratio = f"{np.median(own) / np.median(times[base][2:]):.2f}" if base in times else ""
-            limit = getattr(runs[name], "limit", 0) / np.median(own)
-            print(f"{name:52}{images / np.median(own):10.0f}{np.median(own) * 1e3:10.2f}"
-                  f"{ratio:>8}{f'{limit:.0%}' if limit else '':>8}", flush=True)
+            own, ratio, limit = times[name][2:], "", ""
+            seconds = median(own)
+            if base in times:
+                ratio = f"{median(a / b for a, b in zip(own, times[base][2:])):.2f}"
+            if hasattr(runs[name], "limit"):
+                limit = f"{runs[name].limit / seconds:.0%}"
+            print(f"{name:52}{images / seconds:10.0f}{seconds * 1e3:10.2f}{ratio:>8}{limit:>8}",
+                  flush=True)
         del runs, run
         if gpu:
             torch.cuda.empty_cache()

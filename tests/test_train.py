@@ -553,12 +553,16 @@ def test_evaluation_equals_a_loop_over_images(words, device):
         assert found["val_objective"] == pytest.approx(literal / len(losses), rel=1e-3)
 
 
-def test_a_prediction_that_is_not_finite_fails_the_evaluation(device):
-    model = far_sighted()
-    with torch.no_grad():
-        model.decoder.conv2d_out.weight[0, 0, 0, 0] = math.nan
-    with pytest.raises(data.UserError, match="predicts nan or infinity.*rmse_m"):
-        train.evaluate(model.to(device), SomeFrames(device), train.parse_args([]))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_predicted_pixel_that_is_not_finite_fails_the_evaluation(value, device):
+    class Broken(torch.nn.Module):
+        def forward(self, image):
+            prediction = torch.full((len(image), 1, 16, 32), 2.0, device=image.device)
+            prediction[0, 0, 5, 7] = value
+            return prediction
+
+    with pytest.raises(data.UserError, match="predicts nan or infinity.*rmse_m inf"):
+        train.evaluate(Broken(), SomeFrames(device), train.parse_args([]))
 
 
 def test_a_nan_in_validation_ends_the_run_and_stands_in_no_file(flags, tmp_path):
