@@ -337,7 +337,7 @@ def parse_args(argv=None):
     idle = given & {"--alpha", "--layers", "--min-share"}
     if idle and not args.neuron_selective:
         p.error(f"{', '.join(sorted(idle))} does nothing without --neuron-selective")
-    args.layers = list(dict.fromkeys(args.layers))  # each once
+    args.layers = [x for x in meter.LAYERS if x in args.layers]  # as they answer, each once
     args.out = args.out or Path("runs", "selective" if args.neuron_selective else "baseline")
     return args
 
@@ -456,7 +456,7 @@ def run(args):
     step = recorded(step) if gpu else step
 
     print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, amp {amp} | METER {args.variant} | "
-          f"alpha {args.alpha if layers else 0} | {args.out.absolute()}", flush=True)
+          f"alpha {args.alpha if layers else 0} | {args.out.absolute()}")
     rows = state.get("rows", [])  # of log.csv, one for each epoch that is done
     constant, drawn, steps = constant_rmse(val), -inf, ceil(len(train) / args.batch_size)
 
