@@ -173,8 +173,7 @@ def draw_map(title, r, response, path):
     order = r["peak_m"].nan_to_num(torch.inf).argsort(stable=True).numpy()
     figure = new_figure(8, 6)
     axis = figure.subplots()
-    shown = axis.pcolormesh(r["edges"].numpy(), range(len(order) + 1), response[order],
-                            cmap="magma")
+    shown = axis.pcolormesh(r["edges"].numpy(), range(len(order) + 1), response[order])
     figure.colorbar(shown, label="|mean activation| / the unit's strongest")
     axis.set(title=f"{title}: which depth do its {len(order)} units see? ({r['dead'].sum()} dead)",
              ylim=(len(order), 0), xlabel="depth in metres",
@@ -395,6 +394,7 @@ def main(argv=None):
     """Dissects; returns {label: what dissect.json holds of that checkpoint}."""
     args = parse_args(argv)
     torch.backends.cudnn.allow_tf32 = False  # a GPU's default is less than fp32
+    torch.set_float32_matmul_precision("highest")  # train.main leaves it lower
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     newest = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)[-1:]
     loaded = load_all(args.checkpoints or newest)
