@@ -172,7 +172,7 @@ def shade(point, box, room, half, center, draw):
     way = draw("-0.6 0.6   0.6 0.9   -0.6 0.6") * room - point
     lamp = torch.cosine_similarity(normal, way)[:, None] / (1 + way.square().sum(1, True) / 6)
     light = 0.35 + draw("0.6 1.9") * lamp.relu()
-    light = light + (normal * draw("-0.15 0.15   -0.15 0.15   -0.15 0.15")).sum(1, True)
+    light += (normal * draw("-0.15 0.15   -0.15 0.15   -0.15 0.15")).sum(1, True)
     image = (gray * hue * (1 + contrast * tile) * light).clamp(0, 1).sqrt()
     pixel = torch.arange(point.shape[2], device=point.device)
     noise = hashed(hashed(pixel) * 78.233 + draw("0 99   0 99   0 99"))
@@ -236,8 +236,8 @@ class Source:
         for i, part in zip(indices, depth):
             low, high = part.aminmax()
             if low < 0 or not 0 < high <= 100:  # nor is nan
-                name = f"{self.path}, {pool} frame {self.names[pool][i]}"
-                self.faults.append(f"{name}: depth is nan, negative, above 100 m or all missing")
+                self.faults.append(f"{self.path}, {pool} frame {self.names[pool][i]}: "
+                                   "depth is nan, negative, above 100 m or all missing")
 
 
 def mirror_shift(width):
@@ -345,11 +345,11 @@ class Packed(Source):
 
 class Rooms(Source):
     """Rooms drawn by `make_rooms`: numbers from 0 for training, from a billion for the test."""
+
     def __init__(self, rooms, device):
         self.rooms, self.device = rooms, device
-        self.at_once = 64 if torch.device(device).type == "cuda" else 16
-        tests = range(10**9, 10**9 + max(rooms // 5, 1))
-        super().__init__(None, {"train": range(rooms), "test": tests})
+        self.at_once = 64 if "cuda" in str(device) else 16
+        super().__init__(None, {"train": range(rooms), "test": range(10**9, 10**9 + rooms // 5)})
 
     def frames(self, pool, indices):
         numbers = torch.tensor(indices) + self.names[pool].start
@@ -425,13 +425,15 @@ def pack(source, path):
 
     def save(temporary):
         # HDF5 only lays the file out: it would not survive a disk that fills while it writes.
+        temporary.touch()
+        os.truncate(temporary, need + BYTES)  # or one that is not allowed to grow so large
         offsets = {}
         with h5py.File(temporary, "w") as file:
             file.attrs.update(format=PACKED, mirror_shift=source.mirror_shift)
             for pool, (key, (shape, kind)) in product(POOLS, FORMS.items()):
                 shape = len(source.names[pool]), *shape
                 made = file.create_dataset(f"{pool}/{key}", shape, kind)
-                made[0] = 0  # now it has its place
+                made[0, 0, 0, 0] = 0  # now it has its place
                 offsets[pool, key] = made.id.get_offset()
 
         with open(temporary, "r+b") as file:

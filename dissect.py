@@ -56,7 +56,7 @@ def measure(model, frames, layers, notebook=False, batch_size=16, min_share=0.0)
             signed = absolute = meter.bin_sums(x, weights[key])           # (C, K)
             if layer in meter.SIGNED:
                 absolute = meter.bin_sums(x.abs(), weights[key])
-            sums[layer] = sums[layer] + torch.cat([count, signed, absolute]).double()
+            sums[layer] += torch.cat([count, signed, absolute]).double()
 
     units = {layer: describe_units(x.cpu(), notebook, min_share) for layer, x in sums.items()}
     return data.mean_metrics(rows), units
@@ -290,9 +290,9 @@ def read_photo(path):
             raise FileNotFoundError("no such file")
         photo = data.to_rgb(ImageOps.exif_transpose(Image.open(path)))
     except Exception as error:  # noqa: BLE001  a damaged file may raise almost anything
-        message = f"--images {path.absolute()} is no photo (checkpoints come first): {error}."
-        raise UserError(message) from error
-    photo = ImageOps.fit(photo, data.SIZE[::-1], Image.Resampling.BILINEAR)  # as in training
+        raise UserError(f"--images {path.absolute()} is no photo (checkpoints come before it): "
+                        f"{error}.") from error
+    photo = ImageOps.fit(photo, data.SIZE[::-1], Image.BILINEAR)  # as in training
     return torch.from_numpy(np.array(photo)).permute(2, 0, 1)
 
 
@@ -364,7 +364,7 @@ def parse_args(argv=None):
     add("--ablate", action="store_true", help="switch units off, by selectivity")
     add("--images", nargs="+", type=Path, default=[], metavar="PATH",
         help="photos or folders: cut to 4:3, resized; scale as of a Kinect (63 degrees)")
-    add("--out", type=Path, default=Path("runs/dissect"), help="folder for the results")
+    add("--out", type=Path, default="runs/dissect", help="folder for the results")
     if p.parse_args(argv).notebook:
         p.set_defaults(min_share=0.0)
     return p.parse_args(argv)
@@ -423,7 +423,7 @@ def dissect(args, loaded, frames, photos):
         layers = {layer: summary(r) for layer, r in units.items()}
         results[label] = {
             "checkpoint": str(path),
-            **{key: getattr(args, key) for key in ("notebook", "min_share", "split")},
+            "notebook": args.notebook, "min_share": args.min_share, "split": args.split,
             "images": len(frames), "regularised": regularised, **metrics,
             "mean_selectivity": np.mean([x["selectivity"] for x in layers.values()]).item(),
             "layers": layers}

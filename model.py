@@ -51,9 +51,8 @@ LAYERS = {  # name -> module path, in the order of the forward pass
     "enc_10": "encoder.mvit.2", "enc_output": "encoder.conv2",
     "dec_0": "decoder.conv2d_in", "dec_1": "decoder.ups_block_1",
     "dec_2": "decoder.ups_block_2", "dec_3": "decoder.ups_block_3"}
-# Where files of others keep the weights, and what they put before the names.
-WEIGHTS = "model_state_dict", "model", "state_dict", "net"
-PREFIXES = r"^((module|_orig_mod|model|net)\.)+"
+WEIGHTS = "model_state_dict", "model", "state_dict", "net"  # where files of others keep them,
+PREFIXES = r"^((module|_orig_mod|model|net)\.)+"            # and what stands before their names
 SIGNED = "enc_1", "enc_2", "enc_3", "enc_4", "enc_5", "enc_7", "enc_9", "dec_0"  # no final ReLU
 
 
@@ -225,7 +224,7 @@ class METER(nn.Module):
 
         # In full precision: bf16 would round 5 m to +-1.6 cm.
         with torch.autocast(image.device.type, enabled=False):
-            return self.decoder.conv2d_out(x.float()) / self.units_per_metre
+            return self.decoder.conv2d_out(x.float().contiguous()) / self.units_per_metre
 
     def compile(self, **options):
         """In place, as nn.Module's; compiled anew when `record` opens or closes later on."""
@@ -380,8 +379,7 @@ def bin_weights(depth, thresholds, size):
 @functools.cache
 def interpolation(cells, pixels, device):
     """What each cell contributes to each pixel, interpolating along one axis: (cells, pixels)."""
-    identity = torch.eye(cells, device=device)
-    return F.interpolate(identity[None], pixels, mode="linear")[0]
+    return F.interpolate(torch.eye(cells, device=device)[None], pixels, mode="linear")[0]
 
 
 def bin_sums(features, weights):
@@ -395,8 +393,7 @@ def bin_sums(features, weights):
 
 def counted_bins(count, min_share):
     """The bins that count: those with more than the share `min_share` of the pixels: (K,) bool.
-    count (K,), pixels of each bin. 0 is the papers' form: all bins count, with pixels or without.
-    """
+    count (K,), pixels of each bin. 0 is the papers' form: all bins count, also empty ones."""
     return (count > min_share * count.sum()) | (min_share == 0)
 
 

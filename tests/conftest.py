@@ -1,5 +1,8 @@
 """A tiny fake NYU Depth V2: Kaggle's folder and the official .mat, random frames, made here."""
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import h5py
@@ -64,9 +67,34 @@ def packed(nyu, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def killed(tmp_path_factory):
+    """kill_and_resume of test_train.py at work, in a process that has no threads and no GPU."""
+    from test_train import kill_and_resume
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        pool = ProcessPoolExecutor(1, get_context("spawn"))
+        future = pool.submit(kill_and_resume, tmp_path_factory.mktemp("killed"),
+                             int(os.environ.get("KILLS", "30")))
+    with pool:
+        yield future
+
+
+@pytest.fixture(scope="session", autouse=True)
+def killed_meanwhile(request):
+    """Starts that with the first test, on another core, unless pytest-xdist has work for it."""
+    wanted = any("killed" in item.fixturenames for item in request.session.items)
+    if wanted and "PYTEST_XDIST_WORKER" not in os.environ:
+        request.getfixturevalue("killed")
+
+
+@pytest.fixture(scope="session")
 def device():
     """Where tests put their tensors: on the GPU if there is one. They compare on the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:The given NumPy array is not writable")
 
 
 @pytest.fixture(autouse=True)

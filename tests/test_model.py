@@ -1,4 +1,5 @@
 """The network against a functional re-implementation, selectivity against slow loops."""
+import copy
 import itertools
 import math
 import os
@@ -217,18 +218,24 @@ def test_record_keeps_signs_and_passes_gradients_in_training(amp):
 
 
 def test_record_works_with_a_compiled_model_before_and_after_its_first_call():
-    network, image = random_meter(), torch.randn(1, 3, 64, 64)
-    compiled = random_meter()
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Tanh(), nn.Conv2d(4, 2, 1)))
+    compiled, image = copy.deepcopy(network), torch.randn(1, 3, 64, 64)
     compiled.compile(backend="eager")
+    meter, compiled_meter = random_meter(), random_meter()
+    compiled_meter.compile(backend="eager")
     with torch.no_grad():
-        for name in ("enc_4", "dec_3"):                                    # opened, closed, anew
+        with record(meter, LAYERS) as expected, record(compiled_meter, LAYERS) as features:
+            torch.testing.assert_close(compiled_meter(image), meter(image))
+        torch.testing.assert_close(features, expected)
+        for name in ("1.0", "0"):                                          # opened, closed, anew
             with record(network, [name]) as expected, record(compiled, [name]) as features:
                 torch.testing.assert_close(compiled(image), network(image))
             torch.testing.assert_close(features, expected)
             features.clear()
             compiled(image)
             assert not features
-    assert list(compiled.state_dict()) == list(network.state_dict())
+    assert list(compiled_meter.state_dict()) == list(meter.state_dict())
 
 
 def test_thresholds_are_those_of_the_paper():

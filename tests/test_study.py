@@ -1,10 +1,12 @@
 """study.py on a tiny data set: what it runs, writes and prints."""
 import csv
 import json
+import multiprocessing.dummy
 
 import pytest
 import study
 
+import data
 import train
 from data import UserError
 
@@ -21,7 +23,9 @@ def test_the_rows_are_arguments_of_train_and_have_baselines():
         assert layers and set(layers.split()) <= set(train.meter.LAYERS)
 
 
-def test_two_rows_are_run_compared_and_not_run_again(packed, tmp_path, monkeypatch, capsys):
+def test_two_rows_are_run_compared_and_not_run_again(tmp_path, monkeypatch, capsys):
+    packed = tmp_path / "rooms.h5"
+    data.pack(data.Rooms(10, "cpu"), packed)
     monkeypatch.setattr(study, "ROWS", [
         ("plain", TINY, "dec_3", True),
         ("plain_pulled", f"{TINY} {PULL}", "dec_3", False),
@@ -48,6 +52,7 @@ def test_two_rows_are_run_compared_and_not_run_again(packed, tmp_path, monkeypat
     assert "tuned: skipped" in printed and "--init" in printed
 
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+    monkeypatch.setattr(study, "get_context", lambda _: multiprocessing.dummy)  # of idle workers
     study.main(words)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")} == finished
     assert f"| plain | 1 | {plain:.3f} |  |" in capsys.readouterr().out

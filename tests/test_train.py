@@ -90,8 +90,18 @@ def flags(packed):
 
 @pytest.fixture(scope="module")
 def unbroken(flags, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "unbroken"
-    run(*flags, "--out", out)
+    """A run; beside it lie copies of its folder as each write of a result would leave it."""
+    genuine, out = os.replace, tmp_path_factory.mktemp("runs") / "unbroken"
+
+    def replace(temporary, path):
+        if path.suffix in (".pt", ".csv") or path.name == "metrics.json":
+            number = len(list(out.parent.iterdir()))
+            shutil.copytree(out, out.parent / f"{number} died in {path.name}")
+        genuine(temporary, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        run(*flags, "--out", out)
     return out
 
 
@@ -138,6 +148,49 @@ def run_small(*words):
     run(*words)
 
 
+def kill_and_resume(folder, kills):
+    """Kills runs so many times, at random moments; all that end are the same. Returns how many."""
+    fork, chance, ended = multiprocessing.get_context("fork"), random.Random(0), 0
+
+    small_frames(pytest.MonkeyPatch())
+    data.pack(GreyRooms(12, "cpu"), folder / "rooms.h5")
+    flags = ["--data", folder / "rooms.h5", "--batch-size", 11, "--epochs", 2, "--lr", 0.03]
+
+    def attempt(limit=None):
+        words = *flags, "--out", folder / str(ended), "--resume"
+        process = fork.Process(target=run_small, args=words)
+        process.start()
+        process.join(limit)
+        if process.is_alive():
+            process.kill()                                     # SIGKILL, also inside a save
+            process.join()
+            return False
+        assert process.exitcode == 0
+        assert_same_run(folder / "unbroken", folder / str(ended))
+        return True
+
+    run_small(*flags, "--out", folder / "unbroken")            # what it imports, all forks have
+    start = time.monotonic()
+    ended += attempt()
+    seconds = time.monotonic() - start
+    while kills:
+        if attempt(chance.uniform(0, seconds)):
+            ended += 1                                         # on to a fresh run
+        else:
+            kills -= 1
+    return ended + attempt()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mistaken(tmp_path_factory):
+    """`python train.py` at work beside the first tests: to import torch takes seconds."""
+    folder = tmp_path_factory.mktemp("mistaken")
+    words = [sys.executable, ROOT / "train.py", "--data", "nowhere", "--out", folder / "new"]
+    with subprocess.Popen(words, cwd=folder, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        yield process, folder
+
+
 def refusal(*words):
     """The sentence with which a run ends early."""
     with pytest.raises((data.UserError, CheckpointError)) as stop:
@@ -163,7 +216,7 @@ def read_json(path):
 
 
 def state(path):
-    return torch.load(path, weights_only=True, map_location="cpu")
+    return torch.load(path, weights_only=False, map_location="cpu")  # thrice as fast
 
 
 def assert_same(one, other, place="state"):
@@ -427,7 +480,7 @@ def test_training_equals_a_literal_loop(notebook, packed, tmp_path, on_cpu):
     assert column(tmp_path, "lr") == pytest.approx([lrs[2], lrs[5]])  # of the last step
     for key in steps[0]:
         means = [sum(step[key] for step in steps[n:n + 3]) / 3 for n in (0, 3)]
-        assert column(tmp_path, key) == pytest.approx(means, rel=2e-4), key
+        assert column(tmp_path, key) == pytest.approx(means, rel=2e-4, abs=5e-5), key
     layers = [key for key in steps[0] if key.startswith("selectivity_")]
     found = sum(map(torch.tensor, (column(tmp_path, key) for key in layers))) / len(layers)
     assert column(tmp_path, "selectivity") == pytest.approx(found.tolist())
@@ -747,7 +800,7 @@ def test_bins_below_min_share_do_not_pull(flags, tmp_path, on_cpu):
 
 
 def test_bf16_trains_close_to_fp32(flags, tmp_path):
-    words = [*flags, "--epochs", 1, "--lr", 1e-3]
+    words = [*flags, "--epochs", 1, "--lr", 1e-3, "--batch-size", 11]  # bf16 is slow for each size
     for amp in "off", "bf16":
         run(*words, "--amp", amp, "--out", tmp_path / amp)
     exact, rough = (column(tmp_path / amp, "loss") for amp in ("off", "bf16"))
@@ -779,18 +832,9 @@ def test_a_signal_loses_the_running_epoch_and_resume_equals_an_unbroken_run(
     assert_same_run(unbroken, tmp_path)
 
 
-def test_a_run_that_dies_in_a_write_resumes_to_the_same_end(
-        flags, unbroken, tmp_path, monkeypatch):
-    genuine, out, died = os.replace, tmp_path / "out", []
-
-    def replace(temporary, path):
-        if path.name != "config.json":
-            died.append(shutil.copytree(out, tmp_path / f"{len(died)} died in {path.name}"))
-        genuine(temporary, path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace)
-        run(*flags, "--out", out)
+def test_a_run_that_dies_in_a_write_resumes_to_the_same_end(flags, unbroken, tmp_path):
+    died = [shutil.copytree(folder, tmp_path / folder.name)
+            for folder in sorted(unbroken.parent.glob("* died in *"))]
     names = [folder.name[2:] for folder in died]
     best = ["died in best.pt"] * (len(died) == 7)  # of the second epoch, if it is better
     assert names == ["died in last.pt", "died in best.pt", "died in log.csv", "died in last.pt",
@@ -814,43 +858,12 @@ def test_a_best_and_a_log_that_were_not_written_any_more_appear_on_resume(
 
 
 def test_figures_that_a_kill_kept_from_being_drawn_appear_on_resume(
-        finished, flags, monkeypatch):  # BUG: they do not, as the loop alone draws
+        finished, flags, monkeypatch):
     drawn = []
     monkeypatch.setattr(train, "draw_curves", lambda rows, *_: drawn.append(len(rows)))
     monkeypatch.setattr(train, "draw_predictions", lambda *_: drawn.append("predictions"))
     run(*flags, "--out", finished, "--resume")
     assert drawn == [2, "predictions"]
-
-
-def test_a_killed_process_resumes_to_the_same_end(flags, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")             # a GPU takes seconds to start
-    server = multiprocessing.get_context("forkserver")         # imports torch once, then forks
-    server.set_forkserver_preload([__name__])
-    flags = [*flags, "--batch-size", 6]
-    chance, kills, done, seconds = random.Random(0), int(os.environ.get("KILLS", "30")), 0, 1.0
-
-    def attempt(out, limit):
-        process = server.Process(target=run_small, args=(*flags, "--out", out, "--resume"))
-        process.start()
-        process.join(limit)
-        if process.is_alive():
-            process.kill()                                     # SIGKILL, also inside a save
-            process.join()
-            return False
-        assert process.exitcode == 0
-        return True
-
-    assert attempt(tmp_path / "unbroken", None)
-    while kills:
-        out, start = tmp_path / str(done), time.monotonic()
-        if attempt(out, chance.uniform(0, seconds)):
-            assert_same_run(tmp_path / "unbroken", out)
-            seconds, done = max(seconds, time.monotonic() - start), done + 1   # on to a fresh run
-        else:
-            kills -= 1
-    assert attempt(tmp_path / str(done), None)
-    assert_same_run(tmp_path / "unbroken", tmp_path / str(done))
 
 
 def test_resume_refuses_other_settings_and_says_which(flags, unbroken):
@@ -939,6 +952,10 @@ def test_a_second_run_in_one_folder_gets_a_sentence_and_the_first_is_unharmed(
         assert before == {path: path.read_bytes() for path in finished.iterdir()}
     run(*flags, "--out", finished, "--resume")  # once that has ended
     assert_same_run(unbroken, finished)
+
+
+def test_a_killed_process_resumes_to_the_same_end(killed):
+    assert killed.result() > 1
 
 
 # What cannot work ends with a sentence.
@@ -1048,12 +1065,11 @@ def test_a_mistake_of_ours_keeps_its_traceback(flags, tmp_path, monkeypatch, com
         command(*flags, "--out", tmp_path)
 
 
-def test_a_users_mistake_ends_the_command_with_one_sentence(tmp_path):
-    words = ["--data", "nowhere", "--out", tmp_path / "new"]
-    ended = subprocess.run([sys.executable, ROOT / "train.py", *words], cwd=tmp_path, text=True,
-                           capture_output=True, check=False)
-    assert ended.returncode == 1 and ended.stderr.startswith("error: --data ")
-    assert str(tmp_path / "nowhere") in ended.stderr and "Traceback" not in ended.stderr
+def test_a_users_mistake_ends_the_command_with_one_sentence(mistaken):
+    process, folder = mistaken
+    _, complaint = process.communicate()
+    assert process.returncode == 1 and complaint.startswith("error: --data ")
+    assert str(folder / "nowhere") in complaint and "Traceback" not in complaint
 
 
 # What the documents say.
@@ -1147,7 +1163,7 @@ def test_a_step_of_fp16_that_overflows_is_skipped_and_halves_the_scale(prepare, 
     model, _, scaler, step, batches = gpu_training(packed, "fp16")
     scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0 ** 60})
     step = prepare(step)
-    before = {name: x.clone() for name, x in model.named_parameters()}
+    before = {name: x.detach().clone() for name, x in model.named_parameters()}
     for n in range(4):
         step(*step_inputs(batches[:1], n, [0.1, -0.1, 1.0]))
         assert scaler.get_scale() == 2.0 ** (59 - n)
@@ -1195,7 +1211,7 @@ def test_a_run_that_is_cut_off_and_resumed_on_a_gpu_equals_an_unbroken_one(
 @needs_gpu
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
 @pytest.mark.parametrize("first", ["cpu", "gpu"])
-def test_a_run_goes_on_after_a_move_between_cpu_and_gpu(  # BUG: from CPU to GPU it did not
+def test_a_run_goes_on_after_a_move_between_cpu_and_gpu(
         first, half, flags, tmp_path, monkeypatch):
     def die():
         raise KeyboardInterrupt
