@@ -129,6 +129,7 @@ def training_step(frames, size, words, kind="eager"):
     # As in train.run.
     torch.manual_seed(0)
     model = meter.METER().to(device, memory_format=layout).train()
+    model.decoder.conv2d_out.to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.AdamW(model.parameters(), fused=not notebook, capturable=gpu)
     optimizer.param_groups[0]["lr"] = torch.zeros(
         (), device=device, dtype=torch.float32 if gpu else torch.float64)

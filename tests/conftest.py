@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+
 torch.set_num_threads(1)
 TRAIN_PAIRS, TEST_PAIRS, LABELED = 24, 8, 40
 
@@ -60,10 +62,25 @@ def mat(tmp_path_factory):
 @pytest.fixture(scope="session")
 def packed(nyu, tmp_path_factory):
     """The fake Kaggle folder, packed by `python data.py`."""
-    import data
     path = tmp_path_factory.mktemp("packed") / "nyu.h5"
     data.main([str(nyu), str(path)])
     return path
+
+
+def small_frames(patch):
+    """A sixth of the pixels: most of what is tested does not depend on them, the time does."""
+    size, depth_size = (64, 128), (16, 32)
+    patch.setattr(data, "SIZE", size)
+    patch.setattr(data, "DEPTH_SIZE", depth_size)
+    patch.setattr(data, "FORMS", {"image": ((*size, 3), "u1"), "depth": ((1, *depth_size), "<f4")})
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Small frames in all tests of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        small_frames(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

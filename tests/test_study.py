@@ -5,6 +5,8 @@ import multiprocessing.dummy
 
 import pytest
 import study
+import torch
+from conftest import small_frames
 
 import data
 import train
@@ -24,6 +26,9 @@ def test_the_rows_are_arguments_of_train_and_have_baselines():
 
 
 def test_two_rows_are_run_compared_and_not_run_again(tmp_path, monkeypatch, capsys):
+    if not torch.cuda.is_available():  # else processes that import torch anew, which takes seconds
+        small_frames(monkeypatch)
+        monkeypatch.setattr(study, "get_context", lambda _: multiprocessing.get_context("fork"))
     packed = tmp_path / "rooms.h5"
     data.pack(data.Rooms(10, "cpu"), packed)
     monkeypatch.setattr(study, "ROWS", [
