@@ -335,7 +335,6 @@ def sid_thresholds(bins, near=0.75, far=10.0):
         raise ValueError(f"{bins} bins from {near} to {far}: 2 or more, and 0 < near < far")
     steps = torch.linspace(0, 1, bins, dtype=torch.float64)
     thresholds = (far + 1 - near) ** steps - (1 - near)
-    thresholds[-1] = far  # without rounding, so that 10 m is in the last bin
     return F.pad(thresholds, (1, 0)).float()
 
 

@@ -1037,6 +1037,19 @@ def test_a_disk_that_fills_while_frames_are_packed_ends_with_a_sentence(full_dis
     assert not complaint and not list(path.parent.iterdir())
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    genuine, events = os.replace, []
+
+    def replace(*names):
+        events.append("named")
+        genuine(*names)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.fstat(file).st_size))
+    data.write_json(tmp_path / "x.json", ["content"])
+    assert events == [(tmp_path / "x.json").stat().st_size, "named"]
+
+
 # Flags and the line that tells how far a program is.
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "-1", "-1e-9", "1.01", str(10 ** 400), "",
