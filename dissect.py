@@ -173,10 +173,11 @@ def draw_map(title, r, response, path):
     order = r["peak_m"].nan_to_num(torch.inf).argsort(stable=True).numpy()
     figure = new_figure(8, 6)
     axis = figure.subplots()
-    shown = axis.pcolormesh(r["edges"].numpy(), range(len(order) + 1), response[order])
+    shown = axis.pcolormesh(r["edges"].numpy(), range(len(order) + 1),
+                            np.where(r["counted"], response, np.nan)[order])
     figure.colorbar(shown, label="|mean activation| / the unit's strongest")
     axis.set(title=f"{title}: which depth do its {len(order)} units see? ({r['dead'].sum()} dead)",
-             ylim=(len(order), 0), xlabel="depth in metres",
+             ylim=(len(order), 0), xlabel="depth in metres; white: too few pixels",
              ylabel="units, sorted by the depth of their peak")
     return write_figure(path, figure)
 

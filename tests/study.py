@@ -32,6 +32,7 @@ ROWS = [
     ("scratch_pair-0.3", f"{SCRATCH} {PULL} {PAIR} --alpha -0.3", LAYERS, False),
     ("scratch_trio-0.1", f"{SCRATCH} {PULL} {TRIO} --alpha -0.1", LAYERS, False),
     ("scratch_trio-0.3", f"{SCRATCH} {PULL} {TRIO} --alpha -0.3", LAYERS, True),
+    ("scratch_dec_1-0.1", f"{SCRATCH} {PULL} dec_1 --alpha -0.1", LAYERS, True),
     ("scratch_meter", SCRATCH.replace("16", "128").replace("cosine", "step"), LAYERS, False),
     ("scratch_notebook", "--data nyu.h5 --notebook --variant xxs", LAYERS, False),
     ("scratch_xs", SCRATCH.replace("xxs", "xs"), LAYERS, False),
@@ -40,7 +41,6 @@ ROWS = [
     ("tuned", TUNED, LAYERS, True),
     ("tuned_pair-0.1", f"{TUNED} {PULL} {PAIR} --alpha -0.1", LAYERS, False),
     ("tuned_pair-0.7", f"{TUNED} {PULL} {PAIR} --alpha -0.7", LAYERS, True),
-    ("rooms", f"--rooms 4000 --epochs 6 --lr 1e-3 {RECIPE}", LAYERS, False),
 ]
 
 

@@ -49,6 +49,7 @@ TERMS = ["loss", "loss_depth", "loss_ssim", "loss_normal", "loss_grad"]
 METRICS = ["rmse_m", "rel", "log10", "delta1", "delta2", "delta3"]
 FACES = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])
 DRAW_CURVES, DRAW_PREDICTIONS, EVALUATE = train.draw_curves, train.draw_predictions, train.evaluate
+LOAD = torch.load
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -105,9 +106,11 @@ def on_cpu(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def no_figures(monkeypatch):  # they take most of the time
+def quick_runs(monkeypatch):
+    """Without figures, and reading checkpoints as quickly as `state` does; `unbroken` has both."""
     monkeypatch.setattr(train, "draw_curves", lambda *_: None)
     monkeypatch.setattr(train, "draw_predictions", lambda *_: None)
+    monkeypatch.setattr(torch, "load", lambda path, **_: state(path))
 
 
 @pytest.fixture
@@ -203,7 +206,7 @@ def read_json(path):
 
 
 def state(path):
-    return torch.load(path, weights_only=False, map_location="cpu")  # thrice as fast
+    return LOAD(path, weights_only=False, map_location="cpu")  # thrice as fast as if it were True
 
 
 def assert_same(one, other, place="state"):
