@@ -1,8 +1,5 @@
 """A tiny fake NYU Depth V2: Kaggle's folder and the official .mat, random frames, made here."""
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import h5py
@@ -81,27 +78,6 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         small_frames(patch)
         yield
-
-
-@pytest.fixture(scope="session")
-def killed(tmp_path_factory):
-    """kill_and_resume of test_train.py at work, in a process that has no threads and no GPU."""
-    from test_train import kill_and_resume
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        pool = ProcessPoolExecutor(1, get_context("spawn"))
-        future = pool.submit(kill_and_resume, tmp_path_factory.mktemp("killed"),
-                             int(os.environ.get("KILLS", "30")))
-    with pool:
-        yield future
-
-
-@pytest.fixture(scope="session", autouse=True)
-def killed_meanwhile(request):
-    """Starts that with the first test, on another core, unless pytest-xdist has work for it."""
-    wanted = any("killed" in item.fixturenames for item in request.session.items)
-    if wanted and "PYTEST_XDIST_WORKER" not in os.environ:
-        request.getfixturevalue("killed")
 
 
 @pytest.fixture(scope="session")
