@@ -30,7 +30,7 @@ COLUMNS = ["unit", "selectivity", "peak_bin", "peak_m", "assigned_bin", "assigne
 ORDERS = {"most": ("tab:red", "most selective first"), "random": ("silver", "five random orders"),
           "least": ("tab:blue", "least selective first")}  # by their first word: colour, label
 OUTPUTS = ["dissect.json", "units.csv", "ablation.csv", "overview.png", "ablation.png",
-           "*_units.png", "*_activations.png", "*_photos_*.png", "*_depth.png"]  # cleared first
+           "*_units.png", "*_activations.png", "*_photos_*.png", "*_*_depth.png"]  # cleared first
 
 
 # Measuring.
