@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.patches import StepPatch
 from PIL import Image, ImageOps
 
 import data
@@ -155,10 +156,9 @@ def draw_units(title, r, path):
         own, dead = r["assigned_bin"][unit], r["dead"][unit]
         note = "dead" if dead else f"{r['selectivity'][unit]:.2f}"
         axis.text(x[0], y + 1.05, f"unit {unit}: {note}", fontsize=8, color="0.5" if dead else "0")
-        axis.stairs(y + heights, x, baseline=y, fill=True,
-                    color=data.DEPTH_COLOURS.to_rgba(r["peak_m"][unit]))
-        axis.stairs(y + rare, x, baseline=y, fill=True, facecolor="none", lw=0, hatch="/////",
-                    edgecolor="silver")
+        colour = data.DEPTH_COLOURS.to_rgba(r["peak_m"][unit])
+        for tops, style in ((heights, {"fc": colour}), (rare, {"fc": "none", "hatch": "/////"})):
+            axis.add_artist(StepPatch(y + tops, x, baseline=y, ec="silver", lw=0, **style))
         axis.plot(x[[own, own + 1]], [y - 0.09] * 2, color="tab:orange", lw=4)
 
     axis.set(yticks=[], xticks=edges[[0, -1]], ylim=(y - 0.3, 1.4), frame_on=False,

@@ -168,7 +168,6 @@ def step_rates(args, epoch, steps):
 
 def make_step(model, average, optimizer, scaler, autocast, args, mirror_shift=1):
     """The training step, as a function of tensors alone."""
-    layers = args.layers if args.neuron_selective else []
     step_objective = torch.compile(objective, dynamic=False) if args.compile else objective
     pairs = zip(average.state_dict().values(), model.state_dict().values())
     pairs = [(mean, x) for mean, x in pairs if x.is_floating_point()]
@@ -183,7 +182,7 @@ def make_step(model, average, optimizer, scaler, autocast, args, mirror_shift=1)
         image = image / 255
         if args.augment:
             image, depth = data.augment(image, depth, draws, mirror_shift)
-        with autocast, meter.record(model, layers) as features:
+        with autocast, meter.record(model, args.layers) as features:
             prediction = model(normalise(image))  # (B, 1, 48, 64) metres
         terms = step_objective(prediction, depth, features, alpha, args.notebook, args.min_share)
 
@@ -234,7 +233,7 @@ def evaluate(model, frames, args):
     """Means over a split: the usual metrics per image, and METER's loss per batch as `val_loss`.
     With --notebook also the objective, regulariser included, by which it chooses its best epoch."""
     model.eval()
-    layers = args.layers if args.notebook and args.neuron_selective else []
+    layers = args.layers if args.notebook else []
     gpu = frames.device.type == "cuda" and not args.notebook
 
     rows = []
@@ -336,7 +335,8 @@ def parse_args(argv=None):
     idle = given & {"--alpha", "--layers", "--min-share"}
     if idle and not args.neuron_selective:
         p.error(f"{', '.join(sorted(idle))} does nothing without --neuron-selective")
-    args.layers = [x for x in meter.LAYERS if x in args.layers]  # as they answer, each once
+    regularised = args.layers if args.neuron_selective else []
+    args.layers = [layer for layer in meter.LAYERS if layer in regularised]  # as they answer
     args.out = args.out or Path("runs", "selective" if args.neuron_selective else "baseline")
     return args
 
@@ -368,8 +368,9 @@ def start_or_resume(args, config):
             raise UserError(f"--init {args.init} is METER {model.variant}, not {args.variant}.")
         return model, {}
 
+    # To answer in centimetres, as released, weights would have to grow: it ends at a higher RMSE.
     torch.manual_seed(args.seed)
-    return meter.METER(args.variant, GREY_LEVELS if args.notebook else CENTIMETRES), {}
+    return meter.METER(args.variant, GREY_LEVELS if args.notebook else 1), {}
 
 
 def check_compiler(device):
@@ -412,8 +413,7 @@ def run(args):
     amp, autocast, scaler = mixed_precision(args.amp, device)
     if args.compile:
         check_compiler(device)
-    layers = args.layers if args.neuron_selective else []
-    names = [*TERMS, *(f"selectivity_{layer}" for layer in layers)]  # of the terms of the loss
+    names = [*TERMS, *(f"selectivity_{layer}" for layer in args.layers)]  # of the terms of the loss
 
     # The settings. Those that say where things are may change when a run goes on.
     config = {key: str(value) if isinstance(value, Path) else value
@@ -457,7 +457,7 @@ def run(args):
     step = recorded(step) if gpu else step
 
     print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, amp {amp} | METER {args.variant} | "
-          f"alpha {args.alpha if layers else 0} | {args.out.absolute()}")
+          f"alpha {args.alpha if args.layers else 0} | {args.out.absolute()}")
     rows = state.get("rows", [])  # of log.csv, one for each epoch that is done
     constant, drawn, steps = constant_rmse(val), -inf, ceil(len(train) / args.batch_size)
 
@@ -485,7 +485,7 @@ def run(args):
         stop_on_nan(history, names, epoch)
         seconds = time.monotonic() - start
         row = {"epoch": epoch + 1, **dict(zip(names, history.mean(0).tolist()))}
-        if layers:
+        if args.layers:
             row["selectivity"] = history[:, len(TERMS):].mean().item()
         row |= evaluate(average, val, args)
         row |= {"lr": rates[-1, 0].item(), "seconds": seconds, "images/s": len(train) / seconds}

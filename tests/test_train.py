@@ -314,7 +314,7 @@ def literal_run(notebook, seed):
     deviation = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
     torch.manual_seed(seed)
-    model = METER("xxs", 25.5 if notebook else 100.0).to(memory_format=torch.channels_last).train()
+    model = METER("xxs", 25.5 if notebook else 1.0).to(memory_format=torch.channels_last).train()
     moments = [[torch.zeros_like(x), torch.zeros_like(x)] for x in model.parameters()]
     average = {key: x.clone() for key, x in model.state_dict().items()}
     steps = []
@@ -429,8 +429,7 @@ def test_alpha_is_relative_to_the_loss_in_value_and_gradient_and_literal_in_the_
 @pytest.mark.parametrize("notebook", [True, False], ids=["notebook", "ours"])
 def test_training_equals_a_literal_loop(notebook, packed, tmp_path, on_cpu):
     frames = changed(packed, tmp_path / "rooms.h5", lambda file: file.attrs.update(mirror_shift=3))
-    # Seeds with which rounding does not grow: with others weights end up to 10 % of a step apart.
-    seed = 1 if notebook else 3
+    seed = 1  # with which rounding does not grow: with some, weights end 10 % of a step apart
     words = ["--data", frames, "--neuron-selective", "--batch-size", 4, "--epochs", 2,
              "--seed", seed]
     if notebook:
@@ -487,8 +486,9 @@ def test_the_rates_of_all_steps_of_a_run(schedule):
 
 
 def test_the_defaults_are_those_that_were_measured():
-    args = train.parse_args([])
+    args = train.parse_args(["--neuron-selective"])
     assert (args.layers, args.alpha, args.min_share) == (["dec_1"], -0.1, 0.001)
+    assert train.parse_args([]).layers == []
     assert (args.epochs, args.batch_size, args.lr, args.schedule) == (24, 8, 2e-3, "cosine")
     assert (args.variant, args.amp, args.augment, args.seed) == ("xxs", "auto", True, 0)
 
@@ -500,7 +500,6 @@ def test_the_notebook_has_its_own_rates_and_defaults_unless_given():
     assert (args.epochs, args.batch_size, args.lr, args.schedule) == (20, 64, 1e-4, "constant")
     assert (args.amp, args.augment, args.min_share) == ("off", False, 0)
     assert args.layers == ["enc_4", "dec_3"]
-    assert args.layers == ["dec_3", "enc_4"] or args.layers == ["enc_4", "dec_3"]
     given = train.parse_args(["--notebook", "--epochs", "3", "--batch-size", "5", "--augment",
                               "--neuron-selective", "--min-share", "0.01"])
     assert (given.epochs, given.batch_size, given.augment, given.min_share) == (3, 5, True, 0.01)
