@@ -344,12 +344,12 @@ class Packed(Source):
 
 
 class Rooms(Source):
-    """Rooms drawn by `make_rooms`: numbers from 0 for training, from a billion for the test."""
+    """Rooms of `make_rooms`: numbers from 0 to train, from a billion to test, there at most 400."""
 
     def __init__(self, rooms, device):
         self.rooms, self.device = rooms, device
-        self.at_once = 64 if "cuda" in str(device) else 16
-        super().__init__(None, {"train": range(rooms), "test": range(10**9, 10**9 + rooms // 5)})
+        self.at_once = 64 if "cuda" in str(device) else 4
+        super().__init__(None, {"train": range(rooms), "test": range(10**9, 10**9 + ROOMS)[:rooms]})
 
     def frames(self, pool, indices):
         numbers = torch.tensor(indices) + self.names[pool].start

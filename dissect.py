@@ -469,8 +469,8 @@ def dissect(args, loaded, frames, photos):
 def summary(r):
     """A layer of dissect.json."""
     return {**{key: r[key].mean().item() for key in MEASURES}, "units": len(r["unit"]),
-            "dead": r["dead"].sum().item(), "bins": len(r["counted"]),
-            "bins_used": r["counted"].sum().item()}
+            "dead": int(r["dead"].sum()), "bins": len(r["counted"]),
+            "bins_used": int(r["counted"].sum())}
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ def constant_rmse(frames):
     """RMSE in metres of an answer that looks at no image: the mean depth everywhere."""
     depth = frames.depth[::ceil(len(frames) / 1000)]
     constant = torch.full_like(depth, depth[depth > 0].mean())
-    return depth_metrics(constant, depth)["rmse_m"].nanmean().item()
+    return float(depth_metrics(constant, depth)["rmse_m"].nanmean())
 
 
 def draw_curves(rows, constant, path):
@@ -368,7 +368,7 @@ def start_or_resume(args, config):
             raise UserError(f"--init {args.init} is METER {model.variant}, not {args.variant}.")
         return model, {}
 
-    # To answer in centimetres, as released, weights would have to grow: it ends at a higher RMSE.
+    # In metres: to answer in centimetres, as released, the weights would first have to grow.
     torch.manual_seed(args.seed)
     return meter.METER(args.variant, GREY_LEVELS if args.notebook else 1), {}
 

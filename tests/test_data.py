@@ -241,8 +241,10 @@ def test_a_room_depends_on_its_number_and_seed_alone(rooms):
 
 
 def test_the_splits_of_rooms_differ():
-    source = data.open_source(None, rooms=20)
-    assert source.rooms == 20 and [len(source.names[pool]) for pool in data.POOLS] == [20, 4]
+    for rooms in 1000, 20:  # as many to test as to train, at most 400
+        source = data.open_source(None, rooms=rooms)
+        pools = [len(source.names[pool]) for pool in data.POOLS]
+        assert source.rooms == rooms and pools == [rooms, min(rooms, 400)]
     images, depths = source.load("train", range(4))
     test_images, test_depths = source.load("test", range(4))
     assert images.shape == (4, 192, 256, 3) and images.dtype == torch.uint8

@@ -57,6 +57,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 class GreyRooms(data.Rooms):
     """Rooms with depth on the 8-bit grid of Kaggle's PNGs; the notebook's last threshold occurs."""
 
+    def __init__(self, rooms, device):
+        super().__init__(rooms, device)
+        self.names["test"] = self.names["test"][:rooms // 5]
+
     def frames(self, pool, indices):
         image, depth = super().frames(pool, indices)
         levels = (depth * GREY_LEVELS).round().clamp(1, 255)
