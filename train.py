@@ -368,9 +368,8 @@ def start_or_resume(args, config):
             raise UserError(f"--init {args.init} is METER {model.variant}, not {args.variant}.")
         return model, {}
 
-    # In metres: to answer in centimetres, as released, the weights would first have to grow.
     torch.manual_seed(args.seed)
-    return meter.METER(args.variant, GREY_LEVELS if args.notebook else 1), {}
+    return meter.METER(args.variant, GREY_LEVELS if args.notebook else CENTIMETRES), {}
 
 
 def check_compiler(device):
