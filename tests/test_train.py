@@ -921,6 +921,7 @@ def test_a_second_run_in_one_folder_gets_a_sentence_and_the_first_is_unharmed(
 
 def kill_and_resume(folder, kills):
     """Kills runs at random moments and resumes them until they end, all of them alike."""
+    import torch._dynamo  # noqa: F401  as AdamW does: two seconds in each fork
     kill = random.Random(0)
     small_frames(pytest.MonkeyPatch())
     data.pack(GreyRooms(12, "cpu"), folder / "rooms.h5")
