@@ -265,7 +265,7 @@ def draw_activations(model, image, depth, units, chosen, path):
     title = "predicted depth" if depth is None else "true depth"
     depth, pictures = two_pictures(model, image, depth, {x: units[x] for x, _ in chosen})
     columns, lines = 2 * len(image), 1 + len(chosen)
-    figure = new_figure(max(2.5 * columns, 8), 1.9 * lines + 1.3)
+    figure = new_figure(max(2.5 * columns, 9), 1.9 * lines + 1.3)
     figure.suptitle("" if not chosen else "Left: what a unit answers. Right: what it answers on "
                     "average at that depth.\nThe more alike (r), the more does it see depth.")
     axes = figure.subplots(lines, columns, squeeze=False)
