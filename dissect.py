@@ -158,7 +158,7 @@ def draw_units(title, r, path):
         axis.text(x[0], y + 1.05, f"unit {unit}: {note}", fontsize=8, color="0.5" if dead else "0")
         colour = data.DEPTH_COLOURS.to_rgba(r["peak_m"][unit])
         for tops, style in ((heights, {"fc": colour}), (rare, {"fc": "none", "hatch": "/////"})):
-            # As axis.stairs, which looks at every corner for the axis' limits: a third of the time.
+            # As axis.stairs, which also seeks the axis' limits at every corner, and takes long.
             axis.add_artist(StepPatch(y + tops, x, baseline=y, ec="silver", lw=0, **style))
         axis.plot(x[[own, own + 1]], [y - 0.09] * 2, color="tab:orange", lw=4)
 
