@@ -18,7 +18,7 @@ import io
 import sys
 import time
 import warnings
-from math import ceil, cos, inf, isfinite, nan, pi
+from math import ceil, cos, isfinite, nan, pi
 from pathlib import Path
 
 import torch
@@ -199,27 +199,22 @@ def make_step(model, average, optimizer, scaler, autocast, args, mirror_shift=1)
 
 
 def recorded(step):
-    """The same step as CUDA graphs, one for each batch size: recorded once, then replayed.
+    """The same step as a CUDA graph: recorded once, then replayed.
     A GPU gets all kernels of a step at once, and need not wait until Python has launched each. They
     work in the memory in which they were recorded, so what is new in a step is copied there. The
-    first step of a size runs as it is: it finds memory and kernels, which cannot be recorded."""
-    graphs = {}
-    pool = torch.cuda.graph_pool_handle()
+    first step runs as it is: it finds memory and kernels, which cannot be recorded."""
+    fixed, graph, output = [], None, None
 
     def call(*inputs):
-        size = len(inputs[0])
-        if size not in graphs:
-            graphs[size] = None
+        nonlocal graph, output
+        if not fixed:
+            fixed.extend(x.clone() for x in inputs)
             return step(*inputs)
 
-        if graphs[size] is None:
-            fixed = [x.clone() for x in inputs]
+        if graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph):
                 output = step(*fixed)
-            graphs[size] = graph, fixed, output
-
-        graph, fixed, output = graphs[size]
         for x, new in zip(fixed, inputs):
             x.copy_(new)
         graph.replay()
@@ -458,7 +453,8 @@ def run(args):
     print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, amp {amp} | METER {args.variant} | "
           f"alpha {args.alpha if args.layers else 0} | {args.out.absolute()}")
     rows = state.get("rows", [])  # of log.csv, one for each epoch that is done
-    constant, drawn, steps = constant_rmse(val), -inf, ceil(len(train) / args.batch_size)
+    constant, drawn = constant_rmse(val), time.monotonic()
+    steps = len(train) // args.batch_size  # whole batches: a graph, and cuDNN, have one size
 
     def draw_figures():
         draw_curves(rows, constant, args.out / "curves.png")
@@ -468,7 +464,7 @@ def run(args):
     for epoch in range(len(rows), args.epochs):
         # What an epoch draws depends on the seed and its number alone: resumed runs are the same.
         rng = torch.Generator().manual_seed((args.seed * 100_003 + epoch) % 2**63)
-        order = torch.randperm(len(train), generator=rng)
+        order = torch.randperm(len(train), generator=rng)[:steps * args.batch_size]
         draws = torch.rand(len(train), data.DRAWS, generator=rng)[order].to(device)
         rates = step_rates(args, epoch, steps).to(device)
         start = time.monotonic()
@@ -476,7 +472,7 @@ def run(args):
         model.train()
         history = []  # on the device: .item() would make a GPU wait
         batches = zip(train.batches(args.batch_size, order), draws.split(args.batch_size), rates)
-        batches = data.progress(batches, f"epoch {epoch + 1}", len(train), args.batch_size)
+        batches = data.progress(batches, f"epoch {epoch + 1}", len(order), args.batch_size)
         for (image, depth), draw, rate in batches:
             history.append(step(image, depth, draw, rate))
 
@@ -487,7 +483,7 @@ def run(args):
         if args.layers:
             row["selectivity"] = history[:, len(TERMS):].mean().item()
         row |= evaluate(average, val, args)
-        row |= {"lr": rates[-1, 0].item(), "seconds": seconds, "images/s": len(train) / seconds}
+        row |= {"lr": rates[-1, 0].item(), "seconds": seconds, "images/s": len(order) / seconds}
         rows.append(row)
         short = "epoch", "loss", "rmse_m", "delta1", "selectivity", "seconds", "images/s"
         print(log_line({key: row[key] for key in short if key in row}), flush=True)

@@ -306,7 +306,7 @@ def slow_notebook_selectivity(features, levels):
 
 
 def literal_run(notebook, seed):
-    """Two epochs of three steps, literally: (terms of each step, weights, their average).
+    """Three epochs of two steps, literally: (terms of each step, weights, their average).
 
     A plain loop: AdamW written out, slow terms. Ours: cosine from 1e-3, augmented, dec_3 pulled to
     its bins by -0.6; the notebook's: 1e-4, two layers, literal -0.5, its split.
@@ -324,7 +324,7 @@ def literal_run(notebook, seed):
     average = {key: x.clone() for key, x in model.state_dict().items()}
     steps = []
     for n in range(6):
-        epoch, number = divmod(n, 3)
+        epoch, number = divmod(n, 2)  # the images that fill no batch are left out
         chance = torch.Generator().manual_seed(seed * 100_003 + epoch)
         batch = torch.randperm(count, generator=chance).split(4)[number]
         image, depth, rate, pull, weight = images[batch], depths[batch], 1e-4, alpha, 1.0
@@ -434,8 +434,8 @@ def test_alpha_is_relative_to_the_loss_in_value_and_gradient_and_literal_in_the_
 @pytest.mark.parametrize("notebook", [True, False], ids=["notebook", "ours"])
 def test_training_equals_a_literal_loop(notebook, packed, tmp_path, on_cpu):
     frames = changed(packed, tmp_path / "rooms.h5", lambda file: file.attrs.update(mirror_shift=3))
-    seed = 6  # with which rounding does not grow: with some, weights end 10 % of a step apart
-    words = ["--data", frames, "--neuron-selective", "--batch-size", 4, "--epochs", 2,
+    seed = 5
+    words = ["--data", frames, "--neuron-selective", "--batch-size", 4, "--epochs", 3,
              "--seed", seed]
     if notebook:
         words += ["--notebook", "--layers", "dec_3", "enc_4", "--alpha", -0.5]
@@ -445,27 +445,26 @@ def test_training_equals_a_literal_loop(notebook, packed, tmp_path, on_cpu):
 
     steps, weights, average = literal_run(notebook, seed)
     lrs = [step.pop("lr") for step in steps]
-    assert column(tmp_path, "lr") == pytest.approx([lrs[2], lrs[5]])  # of the last step
+    assert column(tmp_path, "lr") == pytest.approx(lrs[1::2])  # of the last step
     for key in steps[0]:
-        means = [sum(step[key] for step in steps[n:n + 3]) / 3 for n in (0, 3)]
-        assert column(tmp_path, key) == pytest.approx(means, rel=2e-4, abs=5e-5), key
+        means = [(steps[n][key] + steps[n + 1][key]) / 2 for n in (0, 2, 4)]
+        assert column(tmp_path, key) == pytest.approx(means, rel=2e-4, abs=2e-4), key
     layers = [key for key in steps[0] if key.startswith("selectivity_")]
     found = sum(map(torch.tensor, (column(tmp_path, key) for key in layers))) / len(layers)
     assert column(tmp_path, "selectivity") == pytest.approx(found.tolist())
 
-    # Adam makes a whole step of a gradient's rounding error: few weights may be far, all may not.
-    # Where weights are 1, those of the norms, a decay of .01 * rate a step is seen.
+    # Rounding grows in Adam, up to a sixth of a step in the mean; any other rule ends further away.
+    # A decay of .01 * rate a step is seen where weights are 1, in the mean of those of the norms.
     rate = 1e-4 if notebook else 1e-3
     saved = state(tmp_path / "last.pt")
     for key, literal in (("training", weights), ("model", average)):
         assert saved[key].keys() == literal.keys()
-        off = {name: (x - literal[name]).abs().flatten().double()
+        off = {name: (x - literal[name]).flatten().double() / rate
                for name, x in saved[key].items() if x.is_floating_point()}
-        learnt = torch.cat([x for name, x in off.items() if "running" not in name])
-        norms = torch.cat([x for name, x in off.items()
-                           if literal[name].shape[1:] == () and name.endswith("weight")])
-        assert learnt.mean() < 0.02 * rate and norms.mean() < 0.02 * rate, key
-        assert torch.cat(list(off.values())).mean() < 0.1 * rate, key
+        norms = [x for name, x in off.items()
+                 if literal[name].shape[1:] == () and name.endswith("weight")]
+        assert torch.cat(list(off.values())).abs().mean() < 0.25, key
+        assert torch.cat(norms).mean().abs() < 0.015, key
 
 
 def test_learning_rates_at_their_corners():
@@ -1130,7 +1129,7 @@ AMPS = pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 
 
 def gpu_training(packed, amp, *words):
-    """What a step needs, as `train.run` makes it, and a batch of each size: 4, 4, 3."""
+    """What a step needs, as `train.run` makes it, and two batches of 4."""
     args = train.parse_args(["--neuron-selective", "--layers", "enc_4", "dec_3", "--amp", amp,
                              *words])
     device = torch.device("cuda")
@@ -1142,7 +1141,7 @@ def gpu_training(packed, amp, *words):
                                   capturable=True)
     optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)
     step = train.make_step(model, average, optimizer, scaler, autocast, args)
-    batches = list(data.Frames(data.open_source(packed), "train", device).batches(4))
+    batches = list(data.Frames(data.open_source(packed), "train", device).batches(4))[:2]
     return model, average, scaler, step, batches
 
 
@@ -1161,8 +1160,8 @@ def test_recorded_steps_equal_plain_steps_bit_for_bit(amp, packed):
         model, average, scaler, step, batches = gpu_training(packed, amp)
         step = prepare(step)
         terms = [step(*step_inputs(batches, n, [1e-3 / (n + 1), -0.1, 9 / (9 + n)]))
-                 for n in range(9)]  # 4, 4, 3 three times: each size eager, recorded, replayed
-        assert len({x.tolist()[0] for x in terms}) == 9 and torch.stack(terms).isfinite().all()
+                 for n in range(6)]  # as it is, recorded, replayed
+        assert len({x.tolist()[0] for x in terms}) == 6 and torch.stack(terms).isfinite().all()
         ends.append([torch.stack(terms), model.state_dict(), average.state_dict(),
                      scaler.state_dict()])
     for ours, theirs in zip(*ends):
@@ -1198,7 +1197,7 @@ def test_features_recorded_in_a_graph_give_the_terms_of_the_regulariser(packed):
         torch.testing.assert_close(terms[5:], torch.stack(scores))
         torch.testing.assert_close(terms[0], balanced * (1 - 0.1 * sum(scores)))
         seen.append(terms[5].item())
-    assert len(set(seen[:3])) == 3
+    assert len(set(seen[:2])) == 2
 
 
 @needs_gpu
