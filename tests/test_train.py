@@ -1052,7 +1052,7 @@ def test_a_full_disk_ends_with_a_sentence_and_keeps_last_pt(
 
 
 def test_a_nan_names_epoch_step_and_term_and_keeps_last_pt(flags, tmp_path, monkeypatch, on_cpu):
-    on_call(monkeypatch, train, "loss_terms", 6,  # 3 steps, 1 validation batch, second step
+    on_call(monkeypatch, train, "loss_terms", 5,  # 2 steps, 1 validation batch, second step
             lambda terms: terms | {"loss_ssim": terms["loss_ssim"] * math.nan})
     message = refusal(*flags, "--out", tmp_path)
     assert "epoch 2, step 2: loss_ssim is nan" in message
