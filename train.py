@@ -363,8 +363,9 @@ def start_or_resume(args, config):
             raise UserError(f"--init {args.init} is METER {model.variant}, not {args.variant}.")
         return model, {}
 
+    # In metres: to answer in centimetres, as released, weights must first grow, and grow alike.
     torch.manual_seed(args.seed)
-    return meter.METER(args.variant, GREY_LEVELS if args.notebook else CENTIMETRES), {}
+    return meter.METER(args.variant, GREY_LEVELS if args.notebook else 1), {}
 
 
 def check_compiler(device):

@@ -319,7 +319,7 @@ def literal_run(notebook, seed):
     deviation = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
     torch.manual_seed(seed)
-    model = METER("xxs", 25.5 if notebook else 100.0).to(memory_format=torch.channels_last).train()
+    model = METER("xxs", 25.5 if notebook else 1.0).to(memory_format=torch.channels_last).train()
     moments = [[torch.zeros_like(x), torch.zeros_like(x)] for x in model.parameters()]
     average = {key: x.clone() for key, x in model.state_dict().items()}
     steps = []
