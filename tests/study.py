@@ -18,43 +18,43 @@ import data
 import dissect
 import train
 
-RECIPE = "--variant xxs --batch-size 16 --schedule cosine --augment --amp auto"
-SCRATCH = f"--data nyu.h5 --epochs 30 --lr 1e-3 {RECIPE}"
-TUNED = f"--data nyu.h5 --init meter_xxs_nyu.pth --epochs 12 --lr 3e-4 {RECIPE}"
+RECIPE = "--variant xxs --schedule cosine --augment --amp auto"
+SCRATCH = f"--data nyu.h5 --epochs 30 --lr 2e-3 --batch-size 16 {RECIPE}"
+TUNED = f"--data nyu.h5 --init meter_xxs_nyu.pth --epochs 12 --lr 3e-4 --batch-size 16 {RECIPE}"
+ROOMS = f"--rooms 400 --epochs 24 --lr 2e-3 --batch-size 8 {RECIPE}"
 PULL = "--neuron-selective --min-share 0 --layers"  # all bins count, the papers' form
-LAYERS, TRIO, PAIR = "dec_1 dec_2 dec_3 enc_4 enc_output", "dec_1 dec_2 dec_3", "dec_3 enc_4"
+LOOK = "--min-share 0 --layers dec_1 dec_2 dec_3 enc_4 enc_output"
+PULL_SHARE, LOOK_SHARE = PULL.replace(" 0 ", " 0.001 "), LOOK.replace(" 0 ", " 0.001 ")
+TRIO, PAIR = "dec_1 dec_2 dec_3", "dec_3 enc_4"
 # Name, before "_" that of the row to compare with; arguments of train.py, all flags that matter, as
-# defaults change (--notebook's do not); layers to dissect; whether to switch halves of them off.
+# defaults change; arguments of dissect.py.
 ROWS = [
-    ("scratch", SCRATCH, LAYERS, True),
-    ("scratch_lr2e-3", SCRATCH.replace("--lr 1e-3", "--lr 2e-3"), LAYERS, False),
-    ("scratch_pair-0.1", f"{SCRATCH} {PULL} {PAIR} --alpha -0.1", LAYERS, False),
-    ("scratch_pair-0.3", f"{SCRATCH} {PULL} {PAIR} --alpha -0.3", LAYERS, False),
-    ("scratch_trio-0.1", f"{SCRATCH} {PULL} {TRIO} --alpha -0.1", LAYERS, False),
-    ("scratch_trio-0.3", f"{SCRATCH} {PULL} {TRIO} --alpha -0.3", LAYERS, True),
-    ("scratch_dec_1-0.1", f"{SCRATCH} {PULL} dec_1 --alpha -0.1", LAYERS, True),
-    ("scratch_meter", SCRATCH.replace("16", "128").replace("cosine", "step"), LAYERS, False),
-    ("scratch_notebook", "--data nyu.h5 --notebook --variant xxs", LAYERS, False),
-    ("scratch_xs", SCRATCH.replace("xxs", "xs"), LAYERS, False),
-    ("scratch_s", SCRATCH.replace("xxs", "s"), LAYERS, False),
-    ("scratch_100", SCRATCH.replace("--epochs 30", "--epochs 100"), LAYERS, False),
-    ("tuned", TUNED, LAYERS, True),
-    ("tuned_pair-0.1", f"{TUNED} {PULL} {PAIR} --alpha -0.1", LAYERS, False),
-    ("tuned_pair-0.7", f"{TUNED} {PULL} {PAIR} --alpha -0.7", LAYERS, True),
+    ("scratch", SCRATCH, f"{LOOK} --ablate"),
+    ("scratch_lr1e-3", SCRATCH.replace("--lr 2e-3", "--lr 1e-3"), LOOK),
+    ("scratch_dec_1-0.1", f"{SCRATCH} {PULL} dec_1 --alpha -0.1", f"{LOOK} --ablate"),
+    ("scratch_pair-0.1", f"{SCRATCH} {PULL} {PAIR} --alpha -0.1", LOOK),
+    ("scratch_pair-0.3", f"{SCRATCH} {PULL} {PAIR} --alpha -0.3", LOOK),
+    ("scratch_trio-0.1", f"{SCRATCH} {PULL} {TRIO} --alpha -0.1", LOOK),
+    ("scratch_trio-0.3", f"{SCRATCH} {PULL} {TRIO} --alpha -0.3", f"{LOOK} --ablate"),
+    ("tuned", TUNED, f"{LOOK} --ablate"),
+    ("tuned_pair-0.1", f"{TUNED} {PULL} {PAIR} --alpha -0.1", LOOK),
+    ("tuned_pair-0.7", f"{TUNED} {PULL} {PAIR} --alpha -0.7", f"{LOOK} --ablate"),
+    ("rooms", ROOMS, LOOK_SHARE),
+    ("rooms_dec_1-0.1", f"{ROOMS} {PULL_SHARE} dec_1 --alpha -0.1", LOOK_SHARE),
+    ("rooms_dec_1-0.3", f"{ROOMS} {PULL_SHARE} dec_1 --alpha -0.3", LOOK_SHARE),
 ]
 
 
 def run(task):
     """Trains, or goes on training, and dissects: a line of study.csv, its metrics of the test."""
-    name, words, layers, ablate, seed, folder = task
-    look = ["--layers", *layers.split(), "--min-share", "0"] + ["--ablate"] * ablate
+    name, words, look, seed, folder = task
     with open(f"{folder}.txt", "a", encoding="utf-8") as file, redirect_stdout(file):
         train.main([*words, "--seed", seed, "--out", str(folder), "--resume"])
         [found] = dissect.main([f"{folder}/best.pt", *look, "--out", f"{folder}/dissect"]).values()
     line = {"name": name, "seed": seed, **{key: found[key] for key in ("rmse_m", "rel", "delta1")}}
     line["seconds"] = sum(float(row["seconds"]) for row in csv.DictReader(open(folder / "log.csv")))
     line |= {layer: values["selectivity"] for layer, values in found["layers"].items()}
-    for row in csv.DictReader(open(folder / "dissect" / "ablation.csv")) if ablate else []:
+    for row in csv.DictReader(open(folder / "dissect/ablation.csv")) if "--ablate" in look else []:
         order, layer = row["order"].split()[0], row["layer"]
         if order != "random" and 2 * int(row["units_off"]) == found["layers"][layer]["units"]:
             line[f"rmse_m without the {order} selective half of {layer}"] = row["rmse_m"]
@@ -100,12 +100,12 @@ def main(argv=None):
         lines = list(csv.DictReader(open(table))) if table.exists() else []
         done = [(line["name"], line["seed"]) for line in lines]
         tasks, files = [], {"nyu.h5": args.data, "meter_xxs_nyu.pth": args.init}
-        for name, arguments, *rest in (row for row in ROWS if row[0] in args.only):
+        for name, arguments, look in (row for row in ROWS if row[0] in args.only):
             words = [files.get(word, word) for word in arguments.split()]
             if None in words:
                 print(f"{name}: skipped, it needs --data" + " and --init" * ("--init" in words))
             else:
-                tasks += [(name, words, *rest, seed, args.out / f"{name}_{seed}")
+                tasks += [(name, words, look.split(), seed, args.out / f"{name}_{seed}")
                           for seed in seeds if (name, seed) not in done]
         with get_context("spawn").Pool(args.jobs, torch.set_num_threads, [1]) as pool:
             for line in pool.imap_unordered(run, tasks):

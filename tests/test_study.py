@@ -9,20 +9,24 @@ import torch
 from conftest import small_frames
 
 import data
+import dissect
 import train
 from data import UserError
 
 TINY = "--data nyu.h5 --epochs 1 --batch-size 8 --lr 1e-3 --no-augment --amp off"
 PULL = "--neuron-selective --alpha -1 --min-share 0 --layers dec_3"
+LOOK = "--layers dec_3 --min-share 0"
 
 
 def test_the_rows_are_arguments_of_train_and_have_baselines():
     names = [name for name, *_ in study.ROWS]
     assert len(set(names)) == len(names)
-    for name, arguments, layers, _ in study.ROWS:
+    for name, arguments, look in study.ROWS:
         assert name.split("_")[0] in names
-        train.parse_args(arguments.split())
-        assert layers and set(layers.split()) <= set(train.meter.LAYERS)
+        args = train.parse_args(arguments.split())
+        seen = dissect.parse_args(["best.pt", *look.split()])
+        assert set(args.layers) <= set(seen.layers)
+        assert args.min_share == seen.min_share or not args.layers
 
 
 def test_two_rows_are_run_compared_and_not_run_again(tmp_path, monkeypatch, capsys):
@@ -32,9 +36,9 @@ def test_two_rows_are_run_compared_and_not_run_again(tmp_path, monkeypatch, caps
     packed = tmp_path / "rooms.h5"
     data.pack(data.Rooms(10, "cpu"), packed)
     monkeypatch.setattr(study, "ROWS", [
-        ("plain", TINY, "dec_3", True),
-        ("plain_pulled", f"{TINY} {PULL}", "dec_3", False),
-        ("tuned", f"{TINY} --init meter_xxs_nyu.pth", "dec_3", False),
+        ("plain", TINY, f"{LOOK} --ablate"),
+        ("plain_pulled", f"{TINY} {PULL}", LOOK),
+        ("tuned", f"{TINY} --init meter_xxs_nyu.pth", LOOK),
     ])
     words = ["--data", str(packed), "--seeds", "3-3", "--jobs", "2", "--out", str(tmp_path)]
     study.main(words)
@@ -64,7 +68,7 @@ def test_two_rows_are_run_compared_and_not_run_again(tmp_path, monkeypatch, caps
 
 
 def test_changes_are_paired_by_seed(monkeypatch, capsys):
-    monkeypatch.setattr(study, "ROWS", [("a", "", "", False), ("a_b", "", "", False)])
+    monkeypatch.setattr(study, "ROWS", [("a", "", ""), ("a_b", "", "")])
     study.print_tables([
         {"name": "a", "seed": "0", "rmse_m": "1.0", "dec_3": "0.2"},
         {"name": "a", "seed": "1", "rmse_m": "2.0", "dec_3": ""},
