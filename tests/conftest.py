@@ -1,5 +1,13 @@
-"""A tiny fake NYU Depth V2: Kaggle's folder and the official .mat, random frames, made here."""
+"""A tiny fake NYU Depth V2: Kaggle's folder and the official .mat, random frames, made here.
+
+A run of many tests is shared by two processes: half the time on two cores.
+"""
+import json
+import os
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import h5py
@@ -14,6 +22,66 @@ import data
 
 torch.set_num_threads(1)
 TRAIN_PAIRS, TEST_PAIRS, LABELED = 24, 8, 40
+BESIDE = "test_dissect.py", "test_model.py"  # run in a second process; the first shows its reports
+
+
+def pytest_collection_finish(session):
+    config, option = session.config, session.config.option
+    shared = [item for item in session.items if item.path.name in BESIDE]
+    if "REPORTS" in os.environ:
+        config.pluginmanager.register(Reporter(config, os.environ["REPORTS"]))
+    elif not (len(shared) < 100 or len(session.items) < 2 * len(shared) or option.collectonly
+              or option.usepdb or option.capture == "no" or os.cpu_count() == 1
+              or hasattr(config, "workerinput") or getattr(option, "numprocesses", None)):
+        session.items.sort(key=lambda item: item in shared)  # to be waited for last
+        config.pluginmanager.register(Shared(config, [item.nodeid for item in shared]))
+
+
+class Reporter:
+    """In the second process: writes a line of JSON for each report."""
+
+    def __init__(self, config, path):
+        self.config, self.file = config, open(path, "w", encoding="utf-8")
+
+    def pytest_runtest_logreport(self, report):
+        content = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        print(json.dumps(content), file=self.file, flush=True)
+
+
+class Shared:
+    """In the first process: starts the second, and reports of its tests what that reports."""
+
+    def __init__(self, config, names):
+        self.config, self.names = config, set(names)
+        self.reports, self.log = (tempfile.NamedTemporaryFile("w+", encoding="utf-8")
+                                  for _ in range(2))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "--rootdir", config.rootpath, *names],
+            cwd=config.rootpath, env=os.environ | {"REPORTS": self.reports.name},
+            stdout=self.log, stderr=subprocess.STDOUT)
+
+    def pytest_runtest_protocol(self, item):
+        if item.nodeid not in self.names:
+            return None
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        when = line = ""
+        while when != "teardown":
+            ended = self.process.poll() is not None
+            line += self.reports.readline()  # perhaps a part of it
+            if line.endswith("\n"):
+                report = self.config.hook.pytest_report_from_serializable(
+                    config=self.config, data=json.loads(line))
+                when, line = report.when, ""
+                item.ihook.pytest_runtest_logreport(report=report)
+            elif ended:
+                raise RuntimeError(f"the second process died:\n{Path(self.log.name).read_text()}")
+            else:
+                time.sleep(0.02)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def pytest_unconfigure(self):
+        self.process.kill()
 
 
 def frame_size(number):
