@@ -459,6 +459,8 @@ def test_training_equals_a_literal_loop(notebook, packed, tmp_path, on_cpu):
     # A decay of .01 * rate a step is seen where weights are 1, in the mean of those of the norms.
     rate = 1e-4 if notebook else 1e-3
     saved = state(tmp_path / "last.pt")
+    [group] = saved["optimizer"]["param_groups"]  # six steps do not tell betas apart
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.01)
     for key, literal in (("training", weights), ("model", average)):
         assert saved[key].keys() == literal.keys()
         off = {name: (x - literal[name]).flatten().double() / rate
@@ -727,6 +729,7 @@ def test_the_line_of_an_epoch_is_short_and_from_the_row_of_the_log(packed, tmp_p
     assert list(said) == ["epoch", "loss", "rmse_m", "delta1", "selectivity", "seconds", "images/s"]
     assert {key: float(x) for key, x in said.items()} == pytest.approx(
         {key: float(row[key]) for key in said}, rel=1e-3)
+    assert float(row["images/s"]) * float(row["seconds"]) == pytest.approx(8)  # of 11: two batches
 
 
 # What a run depends on.
