@@ -28,8 +28,8 @@ BESIDE = "test_dissect.py", "test_model.py"  # run in a second process; the firs
 def pytest_collection_finish(session):
     config, option = session.config, session.config.option
     shared = [item for item in session.items if item.path.name in BESIDE]
-    if "REPORTS" in os.environ:
-        config.pluginmanager.register(Reporter(config, os.environ["REPORTS"]))
+    if "METER_TEST_REPORTS" in os.environ:
+        config.pluginmanager.register(Reporter(config, os.environ["METER_TEST_REPORTS"]))
     elif not (len(shared) < 100 or len(session.items) < 2 * len(shared) or option.collectonly
               or option.usepdb or option.capture == "no" or os.cpu_count() == 1
               or hasattr(config, "workerinput") or getattr(option, "numprocesses", None)):
@@ -57,7 +57,7 @@ class Shared:
                                   for _ in range(2))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "--rootdir", config.rootpath, *names],
-            cwd=config.rootpath, env=os.environ | {"REPORTS": self.reports.name},
+            cwd=config.rootpath, env=os.environ | {"METER_TEST_REPORTS": self.reports.name},
             stdout=self.log, stderr=subprocess.STDOUT)
 
     def pytest_runtest_protocol(self, item):
