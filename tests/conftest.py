@@ -33,7 +33,7 @@ def pytest_collection_finish(session):
     elif not (len(shared) < 100 or len(session.items) < 2 * len(shared) or option.collectonly
               or option.usepdb or option.capture == "no" or os.cpu_count() == 1
               or hasattr(config, "workerinput") or getattr(option, "numprocesses", None)):
-        session.items.sort(key=lambda item: item in shared)  # to be waited for last
+        session.items.sort(key=lambda item: item.path.name in BESIDE)  # to be waited for last
         config.pluginmanager.register(Shared(config, [item.nodeid for item in shared]))
 
 

@@ -308,7 +308,7 @@ def slow_notebook_selectivity(features, levels):
 
 
 def literal_run(notebook, seed):
-    """Three epochs of two steps, literally: (terms of each step, weights, their average).
+    """Three epochs of two steps, literally: terms of each step; of each epoch, weights and average.
 
     A plain loop: AdamW written out, slow terms. Ours: cosine from 1e-3, augmented, dec_3 pulled to
     its bins by -0.6; the notebook's: 1e-4, two layers, literal -0.5, its split.
@@ -324,7 +324,7 @@ def literal_run(notebook, seed):
     model = METER("xxs", 25.5 if notebook else 1.0).to(memory_format=torch.channels_last).train()
     moments = [[torch.zeros_like(x), torch.zeros_like(x)] for x in model.parameters()]
     average = {key: x.clone() for key, x in model.state_dict().items()}
-    steps = []
+    steps, ends = [], []
     for n in range(6):
         epoch, number = divmod(n, 2)  # the images that fill no batch are left out
         chance = torch.Generator().manual_seed(seed * 100_003 + epoch)
@@ -367,7 +367,9 @@ def literal_run(notebook, seed):
         for key, x in model.state_dict().items():
             if x.is_floating_point():
                 average[key] = (1 - weight) * average[key] + weight * x
-    return steps, model.state_dict(), average
+        if number == 1:
+            ends.append(copy.deepcopy({"training": model.state_dict(), "model": average}))
+    return steps, ends
 
 
 @pytest.mark.parametrize("missing", [0, 0.002])
@@ -434,9 +436,15 @@ def test_alpha_is_relative_to_the_loss_in_value_and_gradient_and_literal_in_the_
 
 
 @pytest.mark.parametrize("notebook", [True, False], ids=["notebook", "ours"])
-def test_training_equals_a_literal_loop(notebook, packed, tmp_path, on_cpu):
+def test_training_equals_a_literal_loop(notebook, packed, tmp_path, monkeypatch, on_cpu):
+    ours, genuine, seed = [], train.save_epoch, 5
+
+    def save_epoch(out, checkpoint):
+        ours.append(copy.deepcopy(checkpoint))
+        genuine(out, checkpoint)
+
+    monkeypatch.setattr(train, "save_epoch", save_epoch)
     frames = changed(packed, tmp_path / "rooms.h5", lambda file: file.attrs.update(mirror_shift=3))
-    seed = 5
     words = ["--data", frames, "--neuron-selective", "--batch-size", 4, "--epochs", 3,
              "--seed", seed]
     if notebook:
@@ -445,30 +453,31 @@ def test_training_equals_a_literal_loop(notebook, packed, tmp_path, on_cpu):
         words += ["--layers", "dec_3", "--alpha", -0.6, "--lr", 1e-3]
     run(*words, "--out", tmp_path)
 
-    steps, weights, average = literal_run(notebook, seed)
+    steps, ends = literal_run(notebook, seed)
     lrs = [step.pop("lr") for step in steps]
     assert column(tmp_path, "lr") == pytest.approx(lrs[1::2])  # of the last step
+    bounds = 0.02, 0.4, 0.4  # of a step, for each epoch: rounding grows in Adam, .008 to .19
     for key in steps[0]:
-        means = [(steps[n][key] + steps[n + 1][key]) / 2 for n in (0, 2, 4)]
-        assert column(tmp_path, key) == pytest.approx(means, rel=2e-4, abs=2e-4), key
+        for n, (found, bound) in enumerate(zip(column(tmp_path, key), bounds, strict=True)):
+            mean = (steps[2 * n][key] + steps[2 * n + 1][key]) / 2
+            assert found == pytest.approx(mean, rel=bound / 100, abs=bound / 400), key
     layers = [key for key in steps[0] if key.startswith("selectivity_")]
     found = sum(map(torch.tensor, (column(tmp_path, key) for key in layers))) / len(layers)
     assert column(tmp_path, "selectivity") == pytest.approx(found.tolist())
 
-    # Rounding grows in Adam, up to a sixth of a step in the mean; any other rule ends further away.
     # A decay of .01 * rate a step is seen where weights are 1, in the mean of those of the norms.
     rate = 1e-4 if notebook else 1e-3
-    saved = state(tmp_path / "last.pt")
-    [group] = saved["optimizer"]["param_groups"]  # six steps do not tell betas apart
+    [group] = ours[-1]["optimizer"]["param_groups"]  # six steps do not tell betas apart
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.01)
-    for key, literal in (("training", weights), ("model", average)):
-        assert saved[key].keys() == literal.keys()
-        off = {name: (x - literal[name]).flatten().double() / rate
-               for name, x in saved[key].items() if x.is_floating_point()}
-        norms = [x for name, x in off.items()
-                 if literal[name].shape[1:] == () and name.endswith("weight")]
-        assert torch.cat(list(off.values())).abs().mean() < 0.25, key
-        assert torch.cat(norms).mean().abs() < 0.015, key
+    for bound, saved, literal in zip(bounds, ours, ends, strict=True):
+        for key, weights in literal.items():
+            assert saved[key].keys() == weights.keys()
+            off = {name: (x - weights[name]).flatten().double() / rate
+                   for name, x in saved[key].items() if x.is_floating_point()}
+            norms = [x for name, x in off.items()
+                     if weights[name].shape[1:] == () and name.endswith("weight")]
+            assert torch.cat(list(off.values())).abs().mean() < bound, key
+            assert torch.cat(norms).mean().abs() < bound / 2, key
 
 
 def test_learning_rates_at_their_corners():
