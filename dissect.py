@@ -341,7 +341,7 @@ def print_table(results):
               f"{result['delta1']:.4f} | mean selectivity {result['mean_selectivity']:.4f} | dead "
               f"units {sum(layer['dead'] for layer in result['layers'].values())}")
         layers = [layer for layer in result["regularised"] if layer in result["layers"]]
-        if layers:
+        if layers and result is not first:
             before, after = (np.mean([x["layers"][layer]["selectivity"] for layer in layers])
                              for x in (first, result))
             print(f"  regularised layers ({', '.join(layers)}): {before:.3f} -> {after:.3f}; RMSE "

@@ -353,6 +353,10 @@ def test_layers_that_a_run_regularised_are_starred_and_their_mean_has_a_line(fol
     printed = capsys.readouterr().out
     assert "regularised layers" not in printed and "*" not in printed
 
+    run(folder, ["selective"], "--layers", "dec_3")  # nothing to compare with
+    printed = capsys.readouterr().out
+    assert "dec_3*" in printed and "regularised layers" not in printed
+
 
 def test_dead_units_are_counted_and_have_no_peak(folder, capsys):
     (result,), rows, _ = run(folder, ["dead"], "--layers", "dec_3", "enc_9")
