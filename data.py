@@ -89,11 +89,11 @@ PAINT = """
 """
 
 
-def make_rooms(numbers, seed=0, device="cpu"):
+def make_rooms(numbers, device="cpu"):
     """Images (B, 3, 192, 256) uint8, z-depths (B, 1, 48, 64) in metres of the rooms `numbers`.
     x points right, y up, z forward, in metres; the origin is the middle of the room. A box is half
     its size (x, y, z) and its center. Box 0 is the room itself, seen from within."""
-    rooms = [torch.Generator().manual_seed(seed * 10**6 + n) for n in numbers.tolist()]
+    rooms = [torch.Generator().manual_seed(n) for n in numbers.tolist()]
 
     def draw(table):
         """Numbers from the ranges (low, high) in each row of a table: (B, ranges, rows)."""
@@ -353,7 +353,7 @@ class Rooms(Source):
 
     def frames(self, pool, indices):
         numbers = torch.tensor(indices) + self.names[pool].start
-        image, depth = make_rooms(numbers, device=self.device)
+        image, depth = make_rooms(numbers, self.device)
         return image.permute(0, 2, 3, 1).cpu(), depth.cpu()
 
 
@@ -526,9 +526,10 @@ class Frames:
         return batch[0].permute(0, 3, 1, 2), batch[1]
 
     def batches(self, batch_size, order=None):
-        """Yields what `fetch` gives."""
+        """Yields what `fetch` gives. Evenly split, since cuDNN plans for each size of a batch."""
         order = torch.arange(len(self)) if order is None else order
-        return map(self.fetch, order.to(self.image.device).split(batch_size))
+        order = order.to(self.image.device)
+        return map(self.fetch, order.tensor_split(ceil(len(order) / batch_size)))
 
 
 # What is done to a batch, on the device.

@@ -89,7 +89,7 @@ def describe_units(sums, notebook=False, min_share=0.0):
 
 def switch_off(units):
     """Ablation: a change that sets `units` (indices) of x (B, C, h, w) to zero."""
-    return lambda x, depth=None: x.index_fill(1, units.to(x.device), 0.0)
+    return lambda x: x.index_fill(1, units.to(x.device), 0.0)
 
 
 @contextmanager
@@ -108,8 +108,8 @@ def answering(model, answers):
 @torch.no_grad()
 def rmse_after(model, frames, layer, changes, batch_size=16):
     """RMSE on the frames after each change of what a layer answers: a list of metres.
-    changes: functions of the answer x (B, C, h, w) and the true depth. The layers up to this one
-    answer the same whatever the change, and compute it once."""
+    changes: functions of the answer x (B, C, h, w). The layers up to this one answer the same
+    whatever the change, and compute it once."""
     before = list(LAYERS)[:list(LAYERS).index(layer) + 1]
     rows = [[] for _ in changes]
     batches = data.progress(frames.batches(batch_size), f"ablate {layer}", len(frames), batch_size)
@@ -118,7 +118,7 @@ def rmse_after(model, frames, layer, changes, batch_size=16):
         with record(model, before) as features:
             model(image)
         for row, change in zip(rows, changes):
-            with answering(model, features | {layer: change(features[layer], depth)}):
+            with answering(model, features | {layer: change(features[layer])}):
                 row.append(depth_metrics(model(image), depth))
     return [data.mean_metrics(row)["rmse_m"] for row in rows]
 
@@ -383,15 +383,6 @@ def load_all(paths):
     return loaded
 
 
-def choose_source(args, loaded, device):
-    """The frames that the flags ask for, or else those of the first run among the checkpoints."""
-    configs = [content["config"] for _, _, content in loaded.values() if "config" in content]
-    asked = {key: getattr(args, key) for key in ("data", "rooms", "raw_depth")}
-    if configs and not args.data and not args.rooms:
-        asked = {key: configs[0].get(key) or asked[key] for key in asked}
-    return data.open_source(**asked, device=device)
-
-
 def main(argv=None):
     """Dissects; returns {label: what dissect.json holds of that checkpoint}."""
     args = parse_args(argv)
@@ -403,8 +394,13 @@ def main(argv=None):
     if not loaded:
         raise UserError("no runs/*/best.pt: run `python train.py` first, or name a checkpoint.")
     photos = read_photos(args.images)
+
+    # The frames that the flags ask for, or else those of the first run among the checkpoints.
+    configs = [content["config"] for _, _, content in loaded.values() if "config" in content]
+    first = {} if args.data or args.rooms or not configs else configs[0]
+    asked = {key: first.get(key) or getattr(args, key) for key in ("data", "rooms", "raw_depth")}
     with data.sole_writer(args.out):
-        source = choose_source(args, loaded, device)
+        source = data.open_source(**asked, device=device)
         frames = data.Frames(source, args.split, device, limit=args.limit)
         data.stop_on_faults(source)
         if (args.out / "dissect.json").exists():  # of another run of dissect.py
@@ -422,15 +418,13 @@ def dissect(args, loaded, frames, photos):
             model, frames, args.layers, args.notebook, batch_size, args.min_share)
         config = content.get("config", {})
         regularised = config["layers"] if config.get("neuron_selective") else []
-        layers = {layer: summary(r) for layer, r in units.items()}
-        results[label] = {
-            "checkpoint": str(path),
-            "notebook": args.notebook, "min_share": args.min_share, "split": args.split,
-            "images": len(frames), "regularised": regularised, **metrics,
-            "mean_selectivity": np.mean([x["selectivity"] for x in layers.values()]).item(),
-            "layers": layers}
 
+        layers = {}
         for layer, r in data.progress(units.items(), f"{label}: layers", len(units)):
+            layers[layer] = {
+                **{key: r[key].mean().item() for key in MEASURES}, "units": len(r["unit"]),
+                "dead": int(r["dead"].sum()), "bins": len(r["counted"]),
+                "bins_used": int(r["counted"].sum())}
             known = {"checkpoint": label, "layer": layer}
             values = zip(*(r[key].tolist() for key in COLUMNS))
             rows += [known | dict(zip(COLUMNS, unit)) for unit in values]
@@ -438,6 +432,11 @@ def dissect(args, loaded, frames, photos):
                 ablation += [known | row for row in ablate(model, frames, layer, r, batch_size)]
             if args.viz:
                 draw_units(f"{label}, {layer}", r, args.out / f"{label}_{layer}_units.png")
+        results[label] = {
+            "checkpoint": str(path), "notebook": args.notebook, "min_share": args.min_share,
+            "split": args.split, "images": len(frames), "regularised": regularised, **metrics,
+            "mean_selectivity": np.mean([x["selectivity"] for x in layers.values()]).item(),
+            "layers": layers}
         if not args.viz and not photos:
             continue
 
@@ -465,13 +464,6 @@ def dissect(args, loaded, frames, photos):
         draw_ablation(ablation, args.out / "ablation.png")
     print(f"written to {args.out.absolute()}")
     return results
-
-
-def summary(r):
-    """A layer of dissect.json."""
-    return {**{key: r[key].mean().item() for key in MEASURES}, "units": len(r["unit"]),
-            "dead": int(r["dead"].sum()), "bins": len(r["counted"]),
-            "bins_used": int(r["counted"].sum())}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import io
 import sys
 import time
 import warnings
-from math import ceil, cos, isfinite, nan, pi
+from math import cos, isfinite, nan, pi
 from pathlib import Path
 
 import torch
@@ -248,9 +248,8 @@ def evaluate(model, frames, args):
 
 def constant_rmse(frames):
     """RMSE in metres of an answer that looks at no image: the mean depth everywhere."""
-    depth = frames.depth[::ceil(len(frames) / 1000)]
-    constant = torch.full_like(depth, depth[depth > 0].mean())
-    return float(depth_metrics(constant, depth)["rmse_m"].nanmean())
+    mean = frames.depth[frames.depth > 0].mean().expand_as(frames.depth)
+    return data.mean_metrics([depth_metrics(mean, frames.depth)])["rmse_m"]
 
 
 def draw_curves(rows, constant, path):

@@ -277,7 +277,7 @@ def gpu_table(block, frames, folder):
     block("feed, batches of 64", len(frames), [("from the GPU", "", partial, feed, frames),
                                                ("from the host", "", partial, feed, host)])
     block("rooms", 64, [
-        ("drawn 64 at a time", "", partial, data.make_rooms, torch.arange(64), 0, frames.device)])
+        ("drawn 64 at a time", "", partial, data.make_rooms, torch.arange(64), frames.device)])
     print_epochs(folder)
 
 

@@ -134,7 +134,7 @@ def test_batches_hold_every_frame_once_in_the_order_asked_for(request, kind):
     order = torch.randperm(22, generator=torch.Generator().manual_seed(0))
     expected, frames = load(path), load_frames(path)
     batches = list(frames.batches(4, order))
-    assert [len(image) for image, _ in batches] == [4, 4, 4, 4, 4, 2]
+    assert [len(image) for image, _ in batches] == [4, 4, 4, 4, 3, 3]
     assert_equal(map(torch.cat, zip(*batches)), [x[order] for x in expected])
     assert_equal(map(torch.cat, zip(*frames.batches(5))), expected)
 
@@ -229,13 +229,13 @@ def rooms():
     return [torch.cat(part) for part in zip(*map(data.make_rooms, torch.arange(30).split(15)))]
 
 
-def test_a_room_depends_on_its_number_and_seed_alone(rooms):
+def test_a_room_depends_on_its_number_alone(rooms):
     numbers = torch.arange(6)
     image, depth = data.make_rooms(numbers)
     assert_equal(data.make_rooms(numbers), (image, depth))
     assert_equal(data.make_rooms(torch.tensor([4, 1])), [x[[4, 1]] for x in (image, depth)])
-    others = data.make_rooms(numbers, seed=1)[1], data.make_rooms(numbers + 10 ** 9)[1]
-    assert all((depth != other).flatten(1).any(1).all() for other in others)
+    other = data.make_rooms(numbers + 10 ** 9)[1]
+    assert (depth != other).flatten(1).any(1).all()
     for part in rooms:
         assert len(part.flatten(1).unique(dim=0)) == 30
 

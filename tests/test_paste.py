@@ -24,8 +24,8 @@ ALWAYS = ["torch", "F"]  # import torch; import torch.nn.functional as F: in eve
 PIECES = {
     "METER": ("model.py", [
         "OrderedDict", "dataclass", "nn", "CENTIMETRES", "Widths", "VARIANTS", "conv", "conv3x3",
-        "bn_relu", "MobileNetV2Block", "Attention", "feed_forward", "PreNorm", "METERBlock",
-        "UpBlock"]),
+        "bn_relu", "DepthwiseConv", "MobileNetV2Block", "Attention", "feed_forward", "PreNorm",
+        "METERBlock", "UpBlock"]),
     "record": ("model.py", ["contextmanager", "LAYERS"]),
     "sid_thresholds": ("model.py", []),
     "bin_weights": ("model.py", ["functools", "bin_masks", "interpolation"]),
@@ -188,8 +188,7 @@ USES = {
                                   piece(some(5, 8), torch.arange(5), torch.arange(8) > 2)],
     "unit_selectivity": use_unit_selectivity,
     "assigned_selectivity": use_assigned_selectivity,
-    "make_rooms": lambda piece: [*piece(torch.tensor([0, 7, 10 ** 9])),
-                                 *piece(torch.tensor([3]), seed=5)],
+    "make_rooms": lambda piece: [*piece(torch.tensor([0, 7, 10 ** 9]))],
     "normalise": lambda piece: piece(some(2, 3, 4, 6)),
     "augment": use_augment,
     "depth_metrics": lambda piece: piece(some(3, 1, 24, 32, high=11),
