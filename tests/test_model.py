@@ -113,46 +113,6 @@ def reference_forward(s, image, expansion):
     return conv(x, "decoder.conv2d_out", padding=1)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_the_dense_form_of_a_depthwise_convolution_computes_the_same(stride, monkeypatch):
-    layer = model.DepthwiseConv(6, 6, 3, stride, 1, groups=6, bias=False).double()
-    image, leaves = torch.randn(2, 6, 8, 10).double().requires_grad_(), [*layer.parameters()]
-    plain = F.conv2d(image, layer.weight, stride=stride, padding=1, groups=6)
-    seen = []
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # which a CPU's tensors say of themselves
-    monkeypatch.setattr(nn.Conv2d, "forward", lambda layer, x: seen.append(x.dtype) or x)
-    dense = layer(image)
-    torch.testing.assert_close(dense, plain)
-    slope = torch.randn_like(plain)
-    for ours, theirs in zip(*(torch.autograd.grad(x, [image, *leaves], slope)
-                              for x in (dense, plain))):
-        torch.testing.assert_close(ours, theirs)
-    assert not seen
-    layer(image.float())  # in full precision as it is: dense takes ten times as long there
-    assert seen == [torch.float32]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_depthwise_convolutions_on_a_gpu_equal_those_on_a_cpu(half):
-    layer = model.DepthwiseConv(32, 32, 3, 2, 1, groups=32, bias=False)
-    image = torch.randn(2, 32, 24, 32).to(half).float().requires_grad_()
-    with torch.no_grad():
-        layer.weight.copy_(layer.weight.to(half))
-    ends = []
-    for device, dtype in (("cpu", torch.float32), ("cuda", half)):
-        layer = copy.deepcopy(layer).to(device)
-        x = image.to(device, dtype).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device, dtype, enabled=dtype is half):
-            answer = layer(x)
-        assert answer.dtype is dtype
-        ends.append([answer, *torch.autograd.grad(answer.float().square().sum(),
-                                                  [x, layer.weight])])
-    for ours, theirs in zip(*ends):
-        torch.testing.assert_close(ours, theirs.cpu().float(), rtol=0.02,
-                                   atol=0.02 * ours.std().item())
-
-
 @pytest.mark.parametrize("variant", PARAMETERS)
 def test_meter_agrees_with_a_functional_re_implementation(variant):
     network, image = random_meter(variant), torch.randn(2, 3, 128, 192)

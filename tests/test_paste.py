@@ -24,8 +24,8 @@ ALWAYS = ["torch", "F"]  # import torch; import torch.nn.functional as F: in eve
 PIECES = {
     "METER": ("model.py", [
         "OrderedDict", "dataclass", "nn", "CENTIMETRES", "Widths", "VARIANTS", "conv", "conv3x3",
-        "bn_relu", "DepthwiseConv", "MobileNetV2Block", "Attention", "feed_forward", "PreNorm",
-        "METERBlock", "UpBlock"]),
+        "bn_relu", "MobileNetV2Block", "Attention", "feed_forward", "PreNorm", "METERBlock",
+        "UpBlock"]),
     "record": ("model.py", ["contextmanager", "LAYERS"]),
     "sid_thresholds": ("model.py", []),
     "bin_weights": ("model.py", ["functools", "bin_masks", "interpolation"]),
