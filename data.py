@@ -170,8 +170,9 @@ def shade(point, box, room, half, center, draw):
 
     # The light: a lamp at the ceiling, some daylight from each side, and the sensor's noise.
     way = draw("-0.6 0.6   0.6 0.9   -0.6 0.6") * room - point
-    lamp = torch.cosine_similarity(normal, way)[:, None] / (1 + way.square().sum(1, True) / 6)
-    light = 0.35 + draw("0.6 1.9") * lamp.relu()
+    square = way.square().sum(1, True)
+    lamp = (normal * way).sum(1, True).relu() / square.sqrt() / (1 + square / 6)
+    light = 0.35 + draw("0.6 1.9") * lamp
     light += (normal * draw("-0.15 0.15   -0.15 0.15   -0.15 0.15")).sum(1, True)
     image = (gray * hue * (1 + contrast * tile) * light).clamp(0, 1).sqrt()
     pixel = torch.arange(point.shape[2], device=point.device)
