@@ -351,7 +351,7 @@ def print_table(results):
 def parse_args(argv=None):
     p = data.new_parser(__doc__.splitlines()[0])
     add = p.add_argument
-    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", default=[],
+    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT",
         help="ours, the notebook's or METER's; several are compared; none: newest run's")
     # the frames and layers
     data.add_source_arguments(p)

@@ -347,8 +347,8 @@ def layer_thresholds(units, notebook=False, device="cpu"):
 
 def notebook_depth(depth):
     """Depth as the notebook bins it: whatever is beyond its last threshold is in the first bin."""
-    thresholds = layer_thresholds(MAX_BINS, notebook=True)
-    return depth.where(depth <= thresholds[-1].item(), thresholds[1].item())
+    thresholds = layer_thresholds(MAX_BINS, notebook=True, device=depth.device)
+    return depth.where(depth <= thresholds[-1], thresholds[1])
 
 
 def bin_masks(depth, thresholds):

@@ -166,6 +166,11 @@ def step_rates(args, epoch, steps):
     return torch.tensor(rates, dtype=torch.float64)
 
 
+def state_tensors(optimizer):
+    """All that AdamW remembers. Saved as one vector: as hundreds of tensors it would take long."""
+    return [x for state in optimizer.state.values() for x in state.values()]
+
+
 def make_step(model, average, optimizer, scaler, autocast, args, mirror_shift=1):
     """The training step, as a function of tensors alone."""
     step_objective = torch.compile(objective, dynamic=False) if args.compile else objective
@@ -343,7 +348,7 @@ def start_or_resume(args, config):
             model, state = meter.load_checkpoint(last)
         except meter.CheckpointError as error:
             raise UserError(f"{error} Copy best.pt over it, or --init best.pt.") from error
-        old = state.get("config", {})
+        old = state["config"] if "adamw" in state else {}
         differ = [f"{key} {old.get(key)}, not {value}"
                   for key, value in config.items() if old.get(key) != value]
         if differ:
@@ -372,7 +377,7 @@ def check_compiler(device):
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # noqa: BLE001  no compiler, no Triton, a Python too new for it
-        raise UserError(f"--compile does not work here: {str(error).strip()[:200]}") from error
+        raise UserError(f"--compile does not work here: {str(error)[:200]}") from error
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
 
 
@@ -437,14 +442,19 @@ def run(args):
     model.decoder.conv2d_out.to(memory_format=torch.contiguous_format)
     average = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, capturable=gpu)  # decay 0.01
+    optimizer.param_groups[0]["lr"] = torch.zeros(
+        (), device=device, dtype=torch.float32 if gpu else torch.float64)
     if state:
+        for x in model.parameters():
+            x.grad = torch.zeros_like(x)
+        optimizer.step()  # at a rate of 0: makes what it remembers, and changes no weight
+        tensors = state_tensors(optimizer)
+        for x, values in zip(tensors, state["adamw"].split([x.numel() for x in tensors])):
+            x.copy_(values.view_as(x))
         model.load_state_dict(state["training"])
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
         if state["scaler"]:  # of fp16
             scaler.load_state_dict(state["scaler"])
         save_epoch(args.out, state)
-    optimizer.param_groups[0]["lr"] = torch.zeros(
-        (), device=device, dtype=torch.float32 if gpu else torch.float64)
     if args.compile:
         model.compile(dynamic=False)
     step = make_step(model, average, optimizer, scaler, autocast, args, train.mirror_shift)
@@ -494,8 +504,8 @@ def run(args):
             "units_per_metre": model.units_per_metre,
             "config": config, "frames": sums, "rows": rows, "epoch": epoch + 1,
             "best_epoch": min(rows, key=lambda row: row[score])["epoch"],
-            "training": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict()})
+            "training": model.state_dict(), "scaler": scaler.state_dict(),
+            "adamw": torch.cat([x.flatten() for x in state_tensors(optimizer)])})
         if time.monotonic() - drawn > DRAW_EVERY:
             draw_figures()
             drawn = time.monotonic()

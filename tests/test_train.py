@@ -443,6 +443,9 @@ def test_training_equals_a_literal_loop(notebook, packed, tmp_path, monkeypatch,
         ours.append(copy.deepcopy(checkpoint))
         genuine(out, checkpoint)
 
+    made, adamw = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **options: made.append(
+        adamw(*args, **options)) or made[-1])
     monkeypatch.setattr(train, "save_epoch", save_epoch)
     frames = changed(packed, tmp_path / "rooms.h5", lambda file: file.attrs.update(mirror_shift=3))
     words = ["--data", frames, "--neuron-selective", "--batch-size", 4, "--epochs", 3,
@@ -467,7 +470,7 @@ def test_training_equals_a_literal_loop(notebook, packed, tmp_path, monkeypatch,
 
     # A decay of .01 * rate a step is seen where weights are 1, in the mean of those of the norms.
     rate = 1e-4 if notebook else 1e-3
-    [group] = ours[-1]["optimizer"]["param_groups"]  # six steps do not tell betas apart
+    [group] = made[0].param_groups  # six steps do not tell betas apart
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.01)
     for bound, saved, literal in zip(bounds, ours, ends, strict=True):
         for key, weights in literal.items():
@@ -884,6 +887,14 @@ def test_the_same_frames_under_another_path_or_spelling_resume(
     for place in ("copy.hdf5", Path("..") / tmp_path.name / "link.h5"):
         run(*flags, "--data", place, "--out", finished, "--resume")
         assert_same_run(unbroken, finished)
+
+
+def test_a_last_of_an_earlier_version_is_refused(finished, flags):
+    state = torch.load(finished / "last.pt")
+    del state["adamw"]
+    torch.save(state | {"optimizer": {"state": {}, "param_groups": []}}, finished / "last.pt")
+    message = refusal(*flags, "--out", finished, "--resume")
+    assert str(finished / "last.pt") in message and "another --out" in message
 
 
 def test_resume_starts_anew_only_where_no_run_is(flags, finished, tmp_path, capsys):
