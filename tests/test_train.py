@@ -890,7 +890,7 @@ def test_the_same_frames_under_another_path_or_spelling_resume(
 
 
 def test_a_last_of_an_earlier_version_is_refused(finished, flags):
-    state = torch.load(finished / "last.pt")
+    state = torch.load(finished / "last.pt", weights_only=True)
     del state["adamw"]
     torch.save(state | {"optimizer": {"state": {}, "param_groups": []}}, finished / "last.pt")
     message = refusal(*flags, "--out", finished, "--resume")
