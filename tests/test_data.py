@@ -240,6 +240,27 @@ def test_a_room_depends_on_its_number_alone(rooms):
         assert len(part.flatten(1).unique(dim=0)) == 30
 
 
+def test_the_lamp_lights_the_floor_by_angle_and_distance():
+    def draw(table):  # the middle of each range, (1, ranges, rows); floor and walls of one shade
+        columns = torch.tensor(np.loadtxt(table.splitlines(), np.float32, ndmin=2).T)
+        middle = (columns[::2] + columns[1::2]) / 2
+        if len(middle) == 8:  # PAINT
+            middle[4] = 0
+        return middle[None]
+
+    room = torch.tensor([2, 1.3, 3])[:, None]                            # half its size
+    point = room * torch.empty(3, 50).uniform_(-0.9, 0.9)
+    point[1] = -1.3                                                      # on the floor
+    found = data.shade(point[None], torch.zeros(1, 1, 50, dtype=torch.long), room[None],
+                       room[None], torch.zeros(1, 3, 1), draw)
+    way = torch.tensor([[0], [0.75], [0]]) * room - point                # to the lamp
+    cosine = torch.cosine_similarity(torch.tensor([[0.0], [1], [0]]), way, dim=0)
+    light = 0.35 + 1.25 * cosine / (1 + way.norm(dim=0) ** 2 / 6)
+    plain = (0.25 * torch.tensor([[1.1], [1], [0.9]]) * light).sqrt()
+    noise = data.hashed(data.hashed(torch.arange(50)) * 78.233 + 49.5)
+    torch.testing.assert_close(found[0], plain + 0.03 * noise)
+
+
 def test_the_splits_of_rooms_differ():
     for rooms in 1000, 20:  # as many to test as to train, at most 400
         source = data.open_source(None, rooms=rooms)
