@@ -35,6 +35,7 @@ from PIL import Image
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"  # `!python` inherits a notebook's, which it may not have
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -656,12 +657,12 @@ DEPTH_COLOURS = ScalarMappable(Normalize(0, 10), "viridis")  # of metres
 
 
 def new_figure(width, height):
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
 def write_figure(path, figure):
     """Returns the figure, so that a notebook shows it."""
-    write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    write(path, FigureCanvasAgg(figure).print_png)  # figure.savefig would draw it twice
     return figure
 
 

@@ -500,8 +500,7 @@ def run(args):
 
         score = "val_objective" if args.notebook else "rmse_m"
         save_epoch(args.out, {
-            "model": average.state_dict(),
-            "units_per_metre": model.units_per_metre,
+            "model": average.state_dict(), "units_per_metre": model.units_per_metre,
             "config": config, "frames": sums, "rows": rows, "epoch": epoch + 1,
             "best_epoch": min(rows, key=lambda row: row[score])["epoch"],
             "training": model.state_dict(), "scaler": scaler.state_dict(),
