@@ -151,7 +151,7 @@ def cast(ray, camera, half, center):
 
 
 def hashed(x):
-    """A number in -1 .. 1 that is different wherever x is."""
+    """A number in -1 .. 1 that follows from x as if drawn."""
     return (x.sin() * 43758.5).frac()
 
 
@@ -281,8 +281,8 @@ class KaggleFolder(Source):
 def read_list(folder, name):
     """Pairs of paths from Kaggle's CSV of this name, here or below; [] if there is none."""
     found = []
-    for depth in range(5):
-        found = found or [file for file in folder.glob("*/" * depth + name) if file.is_file()]
+    for level in range(5):
+        found = found or [file for file in folder.glob("*/" * level + name) if file.is_file()]
     if not found:
         return []  # the notebook needs no test
     path = max(found, key=lambda file: (len(str(file)), file))  # versions/10, not versions/9
@@ -500,7 +500,7 @@ class Frames:
         if far > 0.5:
             print(f"warning: most of the depth in {split} is beyond 10 m: is it in metres?")
 
-        # Of one line of each image: all would take long. Another machine rounds rooms otherwise.
+        # Of all depth and a line of each image. None of rooms: machines round them differently.
         lines = image[:, SIZE[0] // 2].contiguous().numpy()
         self.checksum = 0 if source.rooms else zlib.crc32(metres, zlib.crc32(lines))
 
@@ -527,11 +527,12 @@ class Frames:
                 x.record_stream(computing)  # not to be freed before it is read
         return batch[0].permute(0, 3, 1, 2), batch[1]
 
-    def batches(self, batch_size, order=None):
-        """Yields what `fetch` gives. Evenly split, since cuDNN plans for each size of a batch."""
+    def batches(self, batch_size, order=None, label="frames"):
+        """Yields what `fetch` gives, under a line of `progress`.
+        Evenly split, since cuDNN plans for each size of a batch."""
         order = torch.arange(len(self)) if order is None else order
-        order = order.to(self.image.device)
-        return map(self.fetch, order.tensor_split(ceil(len(order) / batch_size)))
+        parts = order.to(self.image.device).tensor_split(ceil(len(order) / batch_size))
+        return progress(map(self.fetch, parts), label, len(order), batch_size)
 
 
 # What is done to a batch, on the device.
@@ -550,7 +551,7 @@ def normalise(image):
 
 def augment(image, depth, draws, mirror_shift=1):
     """METER's augmentations, each with p = 0.5 for each frame (Papa et al.).
-    image (B, 3, H, W) RGB 0..1; depth (B, 1, h, w) metres; draws (B, 11) in 0..1. Mirror; another
+    image (B, 3, H, W) RGB 0..1; depth (B, 1, h, w) metres; draws (B, 11) in 0..1. Mirror; any
     channel order; colours b * rgb ** g * e, all in 0.9..1.1; depth +-10 cm.
     The mirrored image moves `mirror_shift` pixels to the right, under the points where depth was
     taken. No crops: 48 x 64 depths do not say what lies between them, so a crop is off by 5 cm."""
@@ -681,7 +682,7 @@ def log_line(row):
                       for key, value in row.items())
 
 
-def progress(items, label, n, step=1):
+def progress(items, label, n, step=1, unit="images"):
     """Yields `items`, each of `step` of n images, and says how far it is and how long it takes.
     `train 500/716 | 64.2 images/s | 3 s left`: this line rewrites itself on a terminal; in a
     notebook's output there is one every ten seconds, in a file every half minute."""
@@ -698,7 +699,7 @@ def progress(items, label, n, step=1):
             shown = now
             done = min(number * step, n)
             rate = done / (now - start)
-            print(f"{before}{label} {done:,}/{n:,} | {rate:.1f} images/s | "
+            print(f"{before}{label} {done:,}/{n:,} | {rate:.1f} {unit}/s | "
                   f"{(n - done) / rate:.0f} s left", end=end, flush=True)
     if rewritten:
         print(before, end="", flush=True)
@@ -709,7 +710,7 @@ def number(kind, low=0, high=1e9):
     def parse(text):
         value = kind(text)
         if not low <= value <= high:  # nor is nan
-            raise argparse.ArgumentTypeError(f"{text} is not in the range {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not in the range {low:g} to {high:g}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -734,7 +735,7 @@ def add_source_arguments(p):
     add("--data", type=Path, help="folder, .mat or .h5; none: Kaggle's mount or rooms")
     add("--raw-depth", action="store_true", help=".mat: depth with holes, not filled in")
     add("--rooms", type=number(int, 10, 1e8), help=f"synthetic ones, {ROOMS} if no data is found")
-    add("--min-share", type=number(float, 0, 0.5), default=MIN_SHARE, help="that a depth bin needs")
+    add("--min-share", type=number(float, 0, 0.5), default=MIN_SHARE, help="of pixels a bin needs")
 
 
 def run_command(main, *mistakes):

@@ -41,7 +41,7 @@ def measure(model, frames, layers, notebook=False, batch_size=16, min_share=0.0)
     """One pass over the frames for all layers, in fp32: (means of data.depth_metrics, units).
     units[layer] is what `describe_units` says of that layer."""
     rows, sums = [], dict.fromkeys(layers, 0)
-    for image, depth in frames.batches(batch_size):
+    for image, depth in frames.batches(batch_size, label="measure"):
         with record(model, layers) as features:
             prediction = model(normalise(image / 255))
         rows.append(depth_metrics(prediction, depth))
@@ -112,8 +112,7 @@ def rmse_after(model, frames, layer, changes, batch_size=16):
     whatever the change, and compute it once."""
     before = list(LAYERS)[:list(LAYERS).index(layer) + 1]
     rows = [[] for _ in changes]
-    batches = data.progress(frames.batches(batch_size), f"ablate {layer}", len(frames), batch_size)
-    for image, depth in batches:
+    for image, depth in frames.batches(batch_size, label=f"ablate {layer}"):
         image = normalise(image / 255)
         with record(model, before) as features:
             model(image)
@@ -142,7 +141,8 @@ def ablate(model, frames, layer, r, batch_size=16):
 # Figures. Each is written to `path` and returned.
 
 def draw_units(title, r, path):
-    """How each unit of a layer answers to depth: bars, or above 64 units one map."""
+    """How each unit of a layer answers to depth: bars, or above 64 units one map.
+    r: units[layer] of `measure`."""
     edges, rare = r["edges"].numpy(), ~r["counted"].numpy()
     response = (r["signed"].abs() * r["counted"]).numpy()
     response = response / np.maximum(response.max(1, keepdims=True), 1e-12)
@@ -268,7 +268,7 @@ def draw_activations(model, image, depth, units, chosen, path):
     columns, lines = 2 * len(image), 1 + len(chosen)
     figure = new_figure(max(2.5 * columns, 9), 1.9 * lines + 1.3)
     figure.suptitle("" if not chosen else "Left: what a unit answers. Right: what it answers on "
-                    "average at that depth.\nThe more alike (r), the more does it see depth.")
+                    "average at that depth.\nThe more alike (r), the more it sees depth.")
     axes = figure.subplots(lines, columns, squeeze=False)
     for n in range(len(image)):
         left, right = axes[:, 2 * n], axes[:, 2 * n + 1]
@@ -413,14 +413,14 @@ def dissect(args, loaded, frames, photos):
     batch_size = args.batch_size or (128 if frames.device.type == "cuda" else 8)
     results, rows, ablation = {}, [], []
     for label, (path, model, content) in loaded.items():
-        model.to(frames.device, memory_format=torch.channels_last).eval()
+        model.to(frames.device, memory_format=torch.channels_last)
         metrics, units = measure(
             model, frames, args.layers, args.notebook, batch_size, args.min_share)
         config = content.get("config", {})
         regularised = config["layers"] if config.get("neuron_selective") else []
 
         layers = {}
-        for layer, r in data.progress(units.items(), f"{label}: layers", len(units)):
+        for layer, r in data.progress(units.items(), label, len(units), unit="layers"):
             layers[layer] = {
                 **{key: r[key].mean().item() for key in MEASURES}, "units": len(r["unit"]),
                 "dead": int(r["dead"].sum()), "bins": len(r["counted"]),

@@ -16,8 +16,8 @@ import functools
 import re
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +29,7 @@ GREY_LEVELS = 25.5   # and the notebook's: 8-bit depth, 255 = 10 m
 MAX_BINS = 64        # a layer has as many depth bins as units, up to this (You et al.)
 
 
-@dataclass(frozen=True)
-class Widths:
+class Widths(NamedTuple):
     """Channels of one size of METER."""
     encoder: tuple      # enc_0, enc_1, enc_2 to 4, enc_5 and 6, enc_7 and 8, enc_9 and 10, output
     expansion: int      # of the MobileNetV2 blocks
@@ -51,7 +50,7 @@ LAYERS = {  # name -> module path, in the order of the forward pass
     "enc_10": "encoder.mvit.2", "enc_output": "encoder.conv2",
     "dec_0": "decoder.conv2d_in", "dec_1": "decoder.ups_block_1",
     "dec_2": "decoder.ups_block_2", "dec_3": "decoder.ups_block_3"}
-WEIGHTS = "model_state_dict", "model", "state_dict", "net"  # where files of others keep them,
+WEIGHTS = "model_state_dict", "model", "state_dict", "net"  # where checkpoints keep them,
 PREFIXES = r"^((module|_orig_mod|model|net)\.)+"            # and what stands before their names
 SIGNED = "enc_1", "enc_2", "enc_3", "enc_4", "enc_5", "enc_7", "enc_9", "dec_0"  # no final ReLU
 
@@ -171,10 +170,7 @@ class METER(nn.Module):
             raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
         self.variant, self.units_per_metre = variant, float(units_per_metre)
 
-        widths = VARIANTS[variant]
-        expansion = widths.expansion
-        c0, c1, c2, c3, c4, c5, c6 = widths.encoder
-        (t0, t1, t2), (d0, d1, d2, d3) = widths.transformer, widths.decoder
+        (c0, c1, c2, c3, c4, c5, c6), expansion, (t0, t1, t2), (d0, d1, d2, d3) = VARIANTS[variant]
         self.encoder = nn.ModuleDict({
             "conv1": bn_relu(conv3x3(3, c0, stride=2), c0),          # enc_0
             "mv2": nn.ModuleList([
@@ -200,7 +196,7 @@ class METER(nn.Module):
             "conv2d_out": conv(d3, 1, size=3)})
 
     def forward(self, image):
-        # Height and width are halved five times, then cut into patches of 2x2.
+        # Height and width are halved five times, then cut into 2x2 patches. Channels below: xxs.
         if any(side % 64 for side in image.shape[-2:]):
             raise ValueError(f"image {(*image.shape,)}: height and width must be multiples of 64")
 
@@ -240,8 +236,9 @@ class CheckpointError(ValueError):
 
 def load_checkpoint(path):
     """Read our best.pt or last.pt, the notebook's best_meter_model.pth, or METER's raw state dict.
-    Weights may lie under any of WEIGHTS, their names behind any of PREFIXES. Returns (METER, what
-    the file holds). CheckpointError on any other file; never runs code inside it."""
+    Weights may lie under any of WEIGHTS, their names behind any of PREFIXES. Returns (METER, in
+    evaluation mode, and what the file holds). CheckpointError on any other file; never runs code
+    inside it."""
     content = read_file(Path(path))
     try:
         weights = next((content[key] for key in WEIGHTS if key in content), content)
@@ -260,7 +257,7 @@ def load_checkpoint(path):
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} is no METER ({type(error).__name__}: {reason}): give a "
                               "best.pt, or METER's released weights.") from error
-    return model, content
+    return model.eval(), content
 
 
 def read_file(path):
@@ -341,7 +338,7 @@ def sid_thresholds(bins, near=0.75, far=10.0):
 @functools.cache
 def layer_thresholds(units, notebook=False, device="cpu"):
     """Bin thresholds of a layer, metres; the notebook's reach to 100 *grey levels*, 3.92 m."""
-    far, metres = (100.0, 10 / 255) if notebook else (10.0, 1.0)
+    far, metres = (100.0, 1 / GREY_LEVELS) if notebook else (10.0, 1.0)
     return (sid_thresholds(min(units, MAX_BINS), far=far) * metres).to(device)
 
 

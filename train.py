@@ -7,8 +7,8 @@ Writes settings, log, checkpoints, figures and test metrics to runs/baseline or 
 
 The regulariser (You et al. 2021) rewards units that answer to one range of depth only:
     loss = balanced + alpha * selectivity * balanced.detach()
-METER's loss is some hundreds, theirs about 1: just added, as with --notebook, -0.1 would pull a
-thousandth as hard. So alpha is relative; it grows from 0 in a tenth of the run.
+METER's loss is a hundred or more, theirs about 1: just added, as with --notebook, -0.1 would pull
+a hundredth as hard, or less. So alpha is relative; it grows from 0 in a tenth of the run.
 
 Sizes: B batch, C channels (units), h w depth map.
 """
@@ -141,7 +141,7 @@ def mixed_precision(amp, device):
 
 
 def learning_rate(epoch, epochs, peak, schedule):
-    """epoch counts in fractions. cosine: 5 % warm-up, then down to 0. step: METER's. constant."""
+    """epoch may be a fraction. cosine: 5 % warm-up, then to 0. step: a tenth every 20 (METER's)."""
     if schedule == "constant":
         return peak
     if schedule == "step":
@@ -159,7 +159,7 @@ def step_rates(args, epoch, steps):
         done = step / steps  # epochs
         rate = learning_rate(done, args.epochs, args.lr, args.schedule)
         growth = min(1, 10 * done / args.epochs)  # regularised at once, a run ends up worse
-        weight = max(0.01, 9 / (9 + step))        # a plain mean at first, then over some 100 steps
+        weight = max(0.01, 9 / (9 + step))        # over a tenth of the steps so far, at most 100
         if args.notebook:
             growth, weight = 1, 1
         rates.append((rate, args.alpha * growth, weight))
@@ -234,10 +234,10 @@ def evaluate(model, frames, args):
     With --notebook also the objective, regulariser included, by which it chooses its best epoch."""
     model.eval()
     layers = args.layers if args.notebook else []
-    gpu = frames.device.type == "cuda" and not args.notebook
+    large = frames.device.type == "cuda" and not args.notebook
 
     rows = []
-    for image, depth in frames.batches(max(args.batch_size, 256 * gpu)):
+    for image, depth in frames.batches(max(args.batch_size, 256 * large)):
         with meter.record(model, layers) as features:
             prediction = model(normalise(image / 255))  # (B, 1, h, w) metres
         terms = objective(prediction, depth, features, args.alpha, args.notebook, args.min_share)
@@ -312,11 +312,11 @@ def parse_args(argv=None):
     # the network and its training
     add("--variant", choices=meter.VARIANTS, default="xxs", help="size of METER")
     add("--init", type=Path, help="checkpoint to start from, not random weights")
-    add("--epochs", type=number(int, 1), default=24, help="passes over the split")
+    add("--epochs", type=number(int, 1), default=24, help="passes over the training split")
     add("--lr", type=number(float, 1e-9, 1), default=2e-3, help="AdamW's peak rate")
     add("--schedule", choices=["cosine", "step", "constant"], default="cosine",
         help="of --lr: warm-up and cosine to 0, METER's tenth every 20 epochs, or none")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="mirror, recolour")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="as METER, no crops")
     add("--notebook", action="store_true",
         help=f"as the notebook, literal alpha, its bins and split; unless given, {NOTEBOOK}")
     # the run
@@ -324,7 +324,7 @@ def parse_args(argv=None):
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
         help="mixed precision; auto: bf16, or else fp16, on a GPU, off on a CPU")
     add("--compile", action="store_true", help="torch.compile; slow to start")
-    add("--out", type=Path, help="run folder; default runs/baseline or runs/selective")
+    add("--out", type=Path, help="run folder; none: runs/baseline or runs/selective")
     add("--resume", action="store_true", help="continue from last.pt in --out")
     if p.parse_args(argv).notebook:
         p.set_defaults(**NOTEBOOK)
@@ -481,9 +481,8 @@ def run(args):
 
         model.train()
         history = []  # on the device: .item() would make a GPU wait
-        batches = zip(train.batches(args.batch_size, order), draws.split(args.batch_size), rates)
-        batches = data.progress(batches, f"epoch {epoch + 1}", len(order), args.batch_size)
-        for (image, depth), draw, rate in batches:
+        batches = train.batches(args.batch_size, order, f"epoch {epoch + 1}")
+        for (image, depth), draw, rate in zip(batches, draws.split(args.batch_size), rates):
             history.append(step(image, depth, draw, rate))
 
         history = torch.stack(history)
