@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 import zlib
@@ -300,7 +301,7 @@ def read_list(folder, name):
         raise UserError(f"{path}: {odd[0] if odd else 'it is empty, which'} is no image and depth.")
 
     # The paths begin at the folder above, or at the CSV's own.
-    root = path.parent if (path.parent / pairs[0][0]).exists() else path.parent.parent
+    root = path.parent if os.path.exists(path.parent / pairs[0][0]) else path.parent.parent
     return [[str(root / cell) for cell in pair] for pair in pairs]
 
 
@@ -311,12 +312,12 @@ class LabeledMat(Source):
         self.image = dataset(file, "images")
         self.depth = dataset(file, "rawDepths" if raw_depth else "depths")
         bits = np.frombuffer(base64.b64decode(TEST_BITS), np.uint8)
-        test = np.unpackbits(bits)[:len(self.image)]
+        test = np.unpackbits(bits, count=len(self.image))
         super().__init__(path, {"train": np.flatnonzero(test == 0), "test": np.flatnonzero(test)})
 
     def read(self, pool, name):
         depth = self.depth[name].T.astype(np.float32)
-        return Image.fromarray(self.image[name].T), Image.fromarray(depth), 1
+        return to_rgb(Image.fromarray(self.image[name].T)), Image.fromarray(depth), 1
 
 
 class Packed(Source):
@@ -528,8 +529,7 @@ class Frames:
         return batch[0].permute(0, 3, 1, 2), batch[1]
 
     def batches(self, batch_size, order=None, label="frames"):
-        """Yields what `fetch` gives, under a line of `progress`.
-        Evenly split, since cuDNN plans for each size of a batch."""
+        """Yields what `fetch` gives, and progress. Evenly split: cuDNN plans for each size."""
         order = torch.arange(len(self)) if order is None else order
         parts = order.to(self.image.device).tensor_split(ceil(len(order) / batch_size))
         return progress(map(self.fetch, parts), label, len(order), batch_size)
@@ -611,6 +611,7 @@ def sole_writer(folder):
     """Makes a folder and holds it: a second program that wants to write there gets a UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # it may be read-only
         handle = fcntl and os.open(folder, os.O_RDONLY)
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, if killed
@@ -637,7 +638,7 @@ def write(path, save):
     except OSError as error:
         raise UserError(f"cannot write {path.absolute()}: {error.strerror or error}.") from error
     finally:
-        if temporary.exists():
+        if os.path.exists(temporary):  # False, too, of a name that is too long
             temporary.unlink()
 
 
@@ -739,13 +740,14 @@ def add_source_arguments(p):
 
 
 def run_command(main, *mistakes):
-    """main() as a command: UserError and the exceptions `mistakes` end it with one sentence."""
+    """main() as a command: what the user or the system did wrong ends it with one sentence."""
     for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors="backslashreplace")  # a Chinese path on a Western Windows
+        if hasattr(stream, "reconfigure"):  # a Chinese path on a Western Windows
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         main()
-    except (UserError, *mistakes) as error:
+    except (UserError, OSError, *mistakes) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nstopped: train.py --resume goes on after the last whole epoch.")
