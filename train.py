@@ -88,7 +88,7 @@ def loss_terms(prediction, depth, units_per_metre=CENTIMETRES):
     tilt = (1 - normal_cosine(slope_p, slope_d)).abs()
     return {
         "loss_depth": mean_without(missing, (p - d).abs(), 1),
-        "loss_ssim": 100 * (1 - mean_without(missing, ssim(p, d), 11)),
+        "loss_ssim": 100 * mean_without(missing, 1 - ssim(p, d), 11),
         "loss_normal": 100 * mean_without(missing, tilt, 3, padding=1),
         "loss_grad": mean_without(missing, steepness, 3, padding=1) / 0.5}
 
@@ -125,8 +125,9 @@ def mixed_precision(amp, device):
     """What --amp means on this device: its name, autocast and GradScaler. Sets the backends."""
     gpu = device.type == "cuda"
     if amp == "auto":
-        bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = "bf16" if bf16 else "fp16" if gpu else "off"
+        amp = "off"
+        if gpu:
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if amp == "fp16" and not gpu:
         raise UserError("--amp fp16 needs a GPU; a CPU has --amp off and --amp bf16.")
 
@@ -355,7 +356,8 @@ def start_or_resume(args, config):
             raise UserError(f"{last.absolute()} has {', '.join(differ)}: give it or another --out.")
         return model, state
 
-    for name in ["last.pt", "best.pt"] + ["log.csv"] * args.resume:
+    for name in ("last.pt", "best.pt", "log.csv", "config.json", "metrics.json", "curves.png",
+                 "predictions.png"):
         if (args.out / name).exists():
             raise UserError(f"{args.out.absolute()} holds a run ({name}): --resume its last.pt (or "
                             "copy best.pt there), or choose another --out.")
@@ -388,6 +390,7 @@ def save_epoch(out, checkpoint):
     for name in ["last.pt"] + ["best.pt"] * (checkpoint["epoch"] == checkpoint["best_epoch"]):
         data.write(out / name, lambda file: file.write_bytes(buffer.getbuffer()))
     data.write_csv(out / "log.csv", checkpoint["rows"])
+    data.write_json(out / "config.json", checkpoint["config"])
 
 
 def stop_on_nan(history, names, epoch):
@@ -420,7 +423,6 @@ def run(args):
     model, state = start_or_resume(args, {key: config[key] for key in config.keys() - PLACES})
     source = data.open_source(args.data, args.raw_depth, args.rooms, device)
     config |= {"data": source.path and str(source.path), "rooms": source.rooms}
-    data.write_json(args.out / "config.json", config)
 
     # The frames.
     splits = {split: data.Frames(source, split, device, args.notebook)
@@ -468,8 +470,9 @@ def run(args):
 
     def draw_figures():
         draw_curves(rows, constant, args.out / "curves.png")
-        draw_predictions(average, {"training": train, "validation": val},
-                         f"{args.out.name}, epoch {len(rows)}", args.out / "predictions.png")
+        title = f"{args.out.name.replace('$', '_')}, epoch {len(rows)}"  # $ begins a formula
+        draw_predictions(average, {"training": train, "validation": val}, title,
+                         args.out / "predictions.png")
 
     for epoch in range(len(rows), args.epochs):
         # What an epoch draws depends on the seed and its number alone: resumed runs are the same.

@@ -87,7 +87,7 @@ def unbroken(flags, tmp_path_factory):
     genuine, out = os.replace, tmp_path_factory.mktemp("runs") / "unbroken"
 
     def replace(temporary, path):
-        if path.suffix in (".pt", ".csv") or path.name == "metrics.json":
+        if path.suffix in (".pt", ".csv", ".json"):
             number = len(list(out.parent.iterdir()))
             died = out.parent / f"{number} died in {path.name}"
             shutil.copytree(out, died, copy_function=os.link)  # no file is changed in its place
@@ -388,6 +388,16 @@ def test_the_loss_of_a_fixed_scene_is_pinned(device):
     assert loss.item() == pytest.approx(364.1222, rel=1e-5)
 
 
+def test_a_term_whose_windows_all_have_holes_is_zero(device):
+    depth = torch.full((1, 1, 48, 64), 2.0, device=device)
+    depth[..., ::5, ::5] = 0  # no window of 11 x 11 is free of holes, some pixels are
+    terms = train.loss_terms(depth + 0.01, depth)
+    assert terms["loss_depth"].item() == pytest.approx(1, rel=1e-4)
+    assert terms["loss_ssim"].item() == 0
+    nothing = train.loss_terms(depth, 0 * depth)
+    assert [x.item() for x in nothing.values()] == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("missing", [0, 0.002])
 def test_mirroring_prediction_and_depth_leaves_the_loss_unchanged(missing, device):
     prediction, depth = (x.to(device) for x in scene(missing))
@@ -615,8 +625,7 @@ def test_a_nan_in_validation_ends_the_run_and_stands_in_no_file(flags, tmp_path)
     torch.save(model.state_dict(), tmp_path / "start.pt")
     message = refusal(*flags, "--init", tmp_path / "start.pt", "--out", tmp_path / "run")
     assert "predicts nan or infinity" in message
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json"}
-    read_json(tmp_path / "run" / "config.json")
+    assert not any((tmp_path / "run").iterdir())
 
 
 def test_the_mean_depth_everywhere_has_the_rmse_of_a_loop(device):
@@ -817,9 +826,10 @@ def test_a_signal_loses_the_running_epoch_and_resume_equals_an_unbroken_run(
 def test_a_run_that_dies_in_a_write_resumes_to_the_same_end(flags, unbroken, tmp_path):
     died = sorted(unbroken.parent.glob("* died in *"))
     names = [folder.name[2:] for folder in died]
-    best = ["died in best.pt"] * (len(died) == 7)  # of the second epoch, if it is better
-    assert names == ["died in last.pt", "died in best.pt", "died in log.csv", "died in last.pt",
-                     *best, "died in log.csv", "died in metrics.json"]
+    best = ["died in best.pt"] * (len(died) == 9)  # of the second epoch, if it is better
+    assert names == ["died in last.pt", "died in best.pt", "died in log.csv", "died in config.json",
+                     "died in last.pt", *best, "died in log.csv", "died in config.json",
+                     "died in metrics.json"]
     assert all(len(list(folder.glob(".*.tmp"))) == 1 for folder in died)
     between = died[1]  # killed between last.pt and best.pt
     assert (between / "last.pt").exists() and not (between / "best.pt").exists()
@@ -865,10 +875,10 @@ def test_resume_over_one_changed_value_is_refused(
         file[pool][key][place] += 1
 
     other = changed(packed, tmp_path / "other.h5", change)
-    before = {path: path.read_bytes() for path in finished.glob("*[tv]")}  # .pt, .csv
+    before = {path: path.read_bytes() for path in finished.glob("*[tvn]")}  # .pt, .csv, .json
     message = refusal(*flags, "--data", other, "--out", finished, "--resume")
     assert "frames" in message and "checksum" in message and str(finished) in message
-    assert before == {path: path.read_bytes() for path in before} and len(before) == 3
+    assert before == {path: path.read_bytes() for path in before} and len(before) == 5
 
 
 def test_resume_over_another_number_of_frames_says_both(finished, flags, tmp_path):
@@ -1049,6 +1059,33 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_frames(
         place, flags, unbroken, tmp_path):
     message = refusal(*flags, "--data", tmp_path / "nowhere", "--out", unbroken / place)
     assert f"cannot write to {unbroken / place}" in message
+
+
+def test_a_read_only_folder_is_found_before_the_frames(flags, tmp_path, monkeypatch):
+    def read_only(dir):
+        raise PermissionError(13, "Permission denied", dir)
+
+    monkeypatch.setattr(data.tempfile, "TemporaryFile", read_only)
+    message = refusal(*flags, "--data", tmp_path / "nowhere", "--out", tmp_path)
+    assert f"cannot write to {tmp_path} (Permission denied)" in message
+
+
+@pytest.mark.parametrize("name", [
+    "config.json", "metrics.json", "log.csv", "curves.png", "predictions.png"])
+def test_what_a_user_keeps_in_out_is_not_written_over(name, flags, tmp_path):
+    (tmp_path / name).write_text("mine")
+    for resume in [], ["--resume"]:
+        assert f"holds a run ({name})" in refusal(*flags, "--out", tmp_path, *resume)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_dollar_in_the_name_of_a_run_begins_no_formula_in_its_figure(
+        flags, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    out = tmp_path / "$a_$b"
+    run(*flags, "--epochs", 1, "--out", out)
+    assert (out / "predictions.png").stat().st_size > 1000
 
 
 def test_no_compiler_ends_before_anything_is_written(flags, tmp_path, monkeypatch):
