@@ -7,7 +7,10 @@ Writes units.csv, dissect.json and what the flags ask for to --out.
 
 Sizes: B batch, C channels (units), K depth bins, h w activation map.
 """
+import glob
 import itertools
+import json
+import os
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
@@ -30,8 +33,6 @@ COLUMNS = ["unit", "selectivity", "peak_bin", "peak_m", "assigned_bin", "assigne
            "dead"]  # of units.csv, after checkpoint and layer; a dead unit has peak_bin -1
 ORDERS = {"most": ("tab:red", "most selective first"), "random": ("silver", "five random orders"),
           "least": ("tab:blue", "least selective first")}  # by their first word: colour, label
-OUTPUTS = ["dissect.json", "units.csv", "ablation.csv", "overview.png", "ablation.png",
-           "*_units.png", "*_activations.png", "*_photos_*.png", "*_*_depth.png"]  # cleared first
 
 
 # Measuring.
@@ -53,11 +54,11 @@ def measure(model, frames, layers, notebook=False, batch_size=16, min_share=0.0)
             key = len(edges), *x.shape[-2:]
             if key not in weights:
                 weights[key] = meter.bin_weights(binned, edges, x.shape[-2:])
-            count = weights[key].sum((0, 2, 3))[None]                     # (1, K)
-            signed = absolute = meter.bin_sums(x, weights[key])           # (C, K)
-            if layer in meter.SIGNED:
-                absolute = meter.bin_sums(x.abs(), weights[key])
-            sums[layer] += torch.cat([count, signed, absolute]).double()
+            weight = weights[key]                                        # (B, K, h, w)
+            sums[layer] += torch.cat([
+                weight.sum((0, 2, 3))[None],                             # (1, K) pixels
+                meter.bin_sums(x, weight),                               # (C, K)
+                meter.bin_sums(x.abs(), weight)]).double()               # (C, K)
 
     units = {layer: describe_units(x.cpu(), notebook, min_share) for layer, x in sums.items()}
     return data.mean_metrics(rows), units
@@ -77,9 +78,8 @@ def describe_units(sums, notebook=False, min_share=0.0):
     peak = (signed.abs() * counted).argmax(1)
     return {
         "edges": edges, "counted": counted, "signed": signed, "absolute": absolute, "dead": dead,
-        "unit": torch.arange(units),
+        "unit": torch.arange(units), "peak_bin": peak.where(~dead, -1),
         "selectivity": meter.selectivity(signed.abs(), peak, counted),
-        "peak_bin": peak.where(~dead, -1),
         "peak_m": ((edges[peak] + edges[peak + 1]) / 2).where(~dead, torch.nan),
         "assigned_bin": meter.assigned_bins(units, bins),
         "assigned_selectivity": meter.unit_selectivity(absolute, count, min_share)}
@@ -141,8 +141,7 @@ def ablate(model, frames, layer, r, batch_size=16):
 # Figures. Each is written to `path` and returned.
 
 def draw_units(title, r, path):
-    """How each unit of a layer answers to depth: bars, or above 64 units one map.
-    r: units[layer] of `measure`."""
+    """How each unit of a layer answers to depth: bars, or above 64 one map. r: units[layer]."""
     edges, rare = r["edges"].numpy(), ~r["counted"].numpy()
     response = (r["signed"].abs() * r["counted"]).numpy()
     response = response / np.maximum(response.max(1, keepdims=True), 1e-12)
@@ -304,7 +303,10 @@ def read_photos(paths):
     for path in paths:
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             try:
-                photos[file.stem] = read_photo(file)
+                photo, name = read_photo(file), file.stem
+                while name in photos:
+                    name += "_2"
+                photos[name] = photo
             except UserError:
                 if file == path:  # named outright
                     raise
@@ -373,13 +375,16 @@ def parse_args(argv=None):
 
 
 def load_all(paths):
-    """{label: (path, model, content)}: the run's name, or the file's."""
+    """{label: (path, model, config)}: the run's name, or the file's; config of our runs, or {}."""
     loaded = {}
     for path in paths:
-        label = path.resolve().parent.name if path.stem in ("best", "last") else path.stem
+        whole = Path(os.path.abspath(path).replace("$", "_"))  # in a figure $ begins a formula
+        label = whole.parent.name if path.stem in ("best", "last") else whole.stem
         if label in loaded:
-            label = str(path).replace("/", "_")
-        loaded[label] = path, *meter.load_checkpoint(path)
+            label = "_".join(whole.parts[1:])
+        model, content = meter.load_checkpoint(path)
+        config = content.get("config", {}) if "units_per_metre" in content else {}
+        loaded[label] = path, model, config
     return loaded
 
 
@@ -396,27 +401,30 @@ def main(argv=None):
     photos = read_photos(args.images)
 
     # The frames that the flags ask for, or else those of the first run among the checkpoints.
-    configs = [content["config"] for _, _, content in loaded.values() if "config" in content]
-    first = {} if args.data or args.rooms or not configs else configs[0]
+    first = next((config for *_, config in loaded.values() if config), {})
+    if args.data or args.rooms:
+        first = {}
     asked = {key: first.get(key) or getattr(args, key) for key in ("data", "rooms", "raw_depth")}
     with data.sole_writer(args.out):
         source = data.open_source(**asked, device=device)
         frames = data.Frames(source, args.split, device, limit=args.limit)
         data.stop_on_faults(source)
-        if (args.out / "dissect.json").exists():  # of another run of dissect.py
-            for path in itertools.chain(*map(args.out.glob, OUTPUTS)):
-                path.unlink()
+        before = args.out / "dissect.json"
+        if before.exists():  # of another run of dissect.py: its figures begin with its labels
+            figures = [f"{glob.escape(label)}_*.png" for label in json.loads(before.read_text())]
+            for pattern in ["overview.png", "ablation.*", *figures]:
+                for path in args.out.glob(pattern):
+                    path.unlink()
         return dissect(args, loaded, frames, photos)
 
 
 def dissect(args, loaded, frames, photos):
     batch_size = args.batch_size or (128 if frames.device.type == "cuda" else 8)
     results, rows, ablation = {}, [], []
-    for label, (path, model, content) in loaded.items():
+    for label, (path, model, config) in loaded.items():
         model.to(frames.device, memory_format=torch.channels_last)
         metrics, units = measure(
             model, frames, args.layers, args.notebook, batch_size, args.min_share)
-        config = content.get("config", {})
         regularised = config["layers"] if config.get("neuron_selective") else []
 
         layers = {}
@@ -454,7 +462,6 @@ def dissect(args, loaded, frames, photos):
         for page, (image, depth, chosen) in pages.items():
             draw_activations(model, image, depth, units, chosen, args.out / f"{label}_{page}.png")
 
-    print_table(results)
     data.write_csv(args.out / "units.csv", rows)
     data.write_json(args.out / "dissect.json", results)
     if args.viz:
@@ -462,6 +469,7 @@ def dissect(args, loaded, frames, photos):
     if args.ablate:
         data.write_csv(args.out / "ablation.csv", ablation)
         draw_ablation(ablation, args.out / "ablation.png")
+    print_table(results)
     print(f"written to {args.out.absolute()}")
     return results
 

@@ -17,7 +17,6 @@ import re
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,19 +27,12 @@ CENTIMETRES = 100.0  # units per metre in which METER's released networks answer
 GREY_LEVELS = 25.5   # and the notebook's: 8-bit depth, 255 = 10 m
 MAX_BINS = 64        # a layer has as many depth bins as units, up to this (You et al.)
 
-
-class Widths(NamedTuple):
-    """Channels of one size of METER."""
-    encoder: tuple      # enc_0, enc_1, enc_2 to 4, enc_5 and 6, enc_7 and 8, enc_9 and 10, output
-    expansion: int      # of the MobileNetV2 blocks
-    transformer: tuple  # enc_6, enc_8, enc_10
-    decoder: tuple      # dec_0, dec_1, dec_2, dec_3
-
-
+# Channels: encoder (enc_0, enc_1, enc_2 to 4, enc_5 and 6, enc_7 and 8, enc_9 and 10, enc_output),
+# expansion of the MobileNetV2 blocks, transformers (enc_6, enc_8, enc_10), decoder (dec_0 to 3).
 VARIANTS = {  # 713,464, 1,449,760 and 3,295,168 parameters
-    "xxs": Widths((16, 16, 24, 48, 64, 80, 160), 2, (64, 80, 96), (64, 32, 16, 8)),
-    "xs": Widths((16, 32, 48, 64, 80, 96, 192), 4, (96, 120, 144), (128, 64, 32, 16)),
-    "s": Widths((16, 32, 64, 96, 128, 160, 320), 4, (144, 192, 240), (128, 64, 32, 16))}
+    "xxs": ((16, 16, 24, 48, 64, 80, 160), 2, (64, 80, 96), (64, 32, 16, 8)),
+    "xs": ((16, 32, 48, 64, 80, 96, 192), 4, (96, 120, 144), (128, 64, 32, 16)),
+    "s": ((16, 32, 64, 96, 128, 160, 320), 4, (144, 192, 240), (128, 64, 32, 16))}
 LAYERS = {  # name -> module path, in the order of the forward pass
     "enc_0": "encoder.conv1", "enc_1": "encoder.mv2.0",
     "enc_2": "encoder.mv2.1", "enc_3": "encoder.mv2.2",
@@ -52,7 +44,6 @@ LAYERS = {  # name -> module path, in the order of the forward pass
     "dec_2": "decoder.ups_block_2", "dec_3": "decoder.ups_block_3"}
 WEIGHTS = "model_state_dict", "model", "state_dict", "net"  # where checkpoints keep them,
 PREFIXES = r"^((module|_orig_mod|model|net)\.)+"            # and what stands before their names
-SIGNED = "enc_1", "enc_2", "enc_3", "enc_4", "enc_5", "enc_7", "enc_9", "dec_0"  # no final ReLU
 
 
 # The network. Modules bear the names of the released weights, which load without a mapping.
@@ -236,9 +227,8 @@ class CheckpointError(ValueError):
 
 def load_checkpoint(path):
     """Read our best.pt or last.pt, the notebook's best_meter_model.pth, or METER's raw state dict.
-    Weights may lie under any of WEIGHTS, their names behind any of PREFIXES. Returns (METER, in
-    evaluation mode, and what the file holds). CheckpointError on any other file; never runs code
-    inside it."""
+    Weights may lie under any of WEIGHTS, their names behind any of PREFIXES. Returns (METER in eval
+    mode, what the file holds). CheckpointError on any other file; never runs code inside it."""
     content = read_file(Path(path))
     try:
         weights = next((content[key] for key in WEIGHTS if key in content), content)
@@ -247,7 +237,7 @@ def load_checkpoint(path):
         units_per_metre = float(content.get("units_per_metre", units_per_metre))
 
         outputs = len(weights["encoder.conv2.0.weight"])
-        variant = next(key for key, x in VARIANTS.items() if x.encoder[-1] == outputs)
+        variant = next(key for key, (x, *_) in VARIANTS.items() if x[-1] == outputs)
         model = METER(variant, units_per_metre)
         model.load_state_dict(weights)
         broken = [key for key, x in weights.items() if not x.isfinite().all()]

@@ -433,7 +433,7 @@ def test_a_second_run_clears_what_an_earlier_one_wrote_and_nothing_else(folder, 
     out, photo = tmp_path / "out", tmp_path / "kitchen.png"
     Image.new("RGB", (64, 48), 99).save(photo)
     own = ["notes.txt", "figure.png", "units.png", "best.pt", "dissect.json.old",
-           "bedroom_depth.png"]
+           "bedroom_depth.png", "living_room_depth.png", "holiday_photos_1.png", "old_units.png"]
     out.mkdir()
     for name in [*own, "of_nobody_units.png"]:
         (out / name).write_text(name)
@@ -475,7 +475,8 @@ def test_frames_are_those_of_the_first_run_unless_flags_say_otherwise(
                "holes": {"data": "mat", "raw_depth": True, "rooms": None}}
 
     def load_checkpoint(path):
-        return None, {"config": configs[path.name]} if path.name in configs else {}
+        ours = path.name in configs
+        return None, {"config": configs[path.name], "units_per_metre": 1.0} if ours else {}
 
     def open_source(data, raw_depth, rooms, device):
         raise LookupError(data and str(data), raw_depth, rooms)
@@ -485,6 +486,30 @@ def test_frames_are_those_of_the_first_run_unless_flags_say_otherwise(
     with pytest.raises(LookupError) as asked:
         dissect.main([*words, "--out", str(tmp_path / "out")])
     assert asked.value.args == expected
+
+
+@pytest.mark.parametrize("config", [
+    "meter.yaml", None, ["a"], {"data": {"root": "/data"}}, {"neuron_selective": True}])
+def test_the_settings_of_other_programs_are_none_of_ours(config, folder, network, tmp_path):
+    torch.save({"model": network.state_dict(), "config": config}, tmp_path / "theirs.pth")
+    [found] = dissect.main([str(tmp_path / "theirs.pth"), "--data", str(folder / "rooms.h5"),
+                            "--layers", "dec_3", "--out", str(tmp_path / "out")]).values()
+    assert found["regularised"] == []
+
+
+def test_odd_names_of_checkpoints_stand_in_every_figure(folder, tmp_path, monkeypatch):
+    labels = {}
+    monkeypatch.setattr(dissect, "draw_overview", lambda results, path: labels.update(results))
+    paths = [tmp_path / name for name in ("a_$x_$.pt", "one/best.pt", "b/one/best.pt")]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "runs" / "cm" / "best.pt", path)
+    dissect.main([*map(str, paths), "--layers", "dec_3", "--viz", "--limit", "1",
+                  "--out", str(tmp_path / "out")])
+    first, second, third = labels
+    assert (first, second) == ("a__x__", "one") and third.endswith("b_one_best.pt")
+    assert not third.startswith("_")  # matplotlib leaves such a label out of a legend
+    assert len(list((tmp_path / "out").glob("*_dec_3_units.png"))) == 3
 
 
 # Ablation.
@@ -792,6 +817,18 @@ def test_pages_show_units_of_the_regularised_layers_and_every_photo(folder, tmp_
     for name, numbers in (("selective_photos_1.png", [0, 1, 2]), ("selective_photos_2.png", [3]),
                           ("selective_2_depth.png", [2])):
         assert pages[name][0][:, 0].float().mean((1, 2)).tolist() == numbers
+
+
+def test_photos_of_one_name_are_all_shown(folder, tmp_path, monkeypatch):
+    pages, paths = seen_pages(monkeypatch), []
+    for n, name in enumerate(["a/1.png", "b/1.png", "b/1.jpg"]):
+        paths.append(tmp_path / name)
+        paths[-1].parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 48), (99 * n, 0, 0)).save(paths[-1])
+    run(folder, ["cm"], "--layers", "dec_3", "--images", *paths)
+    assert set(pages) == {"cm_photos_1.png", *(
+        f"cm_{name}_depth.png" for name in ("1", "1_2", "1_2_2"))}
+    assert pages["cm_photos_1.png"][0][:, 0].float().mean((1, 2)).tolist() == [0, 99, 198]
 
 
 def test_where_no_unit_follows_depth_a_line_says_so_and_depth_is_shown_alone(

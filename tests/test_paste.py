@@ -23,7 +23,7 @@ ALWAYS = ["torch", "F"]  # import torch; import torch.nn.functional as F: in eve
 # itself brings its own; imports are those of the file.
 PIECES = {
     "METER": ("model.py", [
-        "OrderedDict", "NamedTuple", "nn", "CENTIMETRES", "Widths", "VARIANTS", "conv", "conv3x3",
+        "OrderedDict", "nn", "CENTIMETRES", "VARIANTS", "conv", "conv3x3",
         "bn_relu", "MobileNetV2Block", "Attention", "feed_forward", "PreNorm", "METERBlock",
         "UpBlock"]),
     "record": ("model.py", ["contextmanager", "LAYERS"]),
