@@ -202,18 +202,18 @@ class Source:
         """Images uint8 (n, 192, 256, 3), depths (n, 1, 48, 64) metres; indices: range or list."""
         image = torch.empty(len(indices), *SIZE, 3, dtype=torch.uint8)
         depth = torch.empty(len(indices), 1, *DEPTH_SIZE)
-        for rows, *block in self.blocks(pool, indices):
-            image[rows], depth[rows] = block
+        for chunk, *block in self.blocks(pool, indices):
+            image[chunk], depth[chunk] = block
         return image, depth
 
     def blocks(self, pool, indices):
         """Yields (slice, images, depths), a block of frames at a time."""
         n = len(indices)
         for start in progress(range(0, n, self.at_once), f"read {pool}", n, self.at_once):
-            rows = slice(start, start + self.at_once)
-            image, depth = self.frames(pool, indices[rows])
-            self.check(pool, indices[rows], depth)
-            yield rows, image, depth
+            chunk = slice(start, start + self.at_once)
+            image, depth = self.frames(pool, indices[chunk])
+            self.check(pool, indices[chunk], depth)
+            yield chunk, image, depth
 
     def frames(self, pool, indices):
         with ThreadPoolExecutor() as threads:  # Pillow frees the GIL
@@ -338,8 +338,8 @@ class Packed(Source):
         super().__init__(path, names)
 
     def load(self, pool, indices):
-        rows = slice(indices.start, indices.stop) if isinstance(indices, range) else indices
-        image, depth = (self.arrays[pool, key][rows] for key in FORMS)
+        chunk = slice(indices.start, indices.stop) if isinstance(indices, range) else indices
+        image, depth = (self.arrays[pool, key][chunk] for key in FORMS)
         self.check(pool, indices, depth)
         return image, depth
 
@@ -441,9 +441,9 @@ def pack(source, path):
 
         with open(temporary, "r+b") as file:
             for pool in POOLS:
-                for rows, *block in source.blocks(pool, range(len(source.names[pool]))):
+                for chunk, *block in source.blocks(pool, range(len(source.names[pool]))):
                     for key, values in zip(FORMS, block):
-                        file.seek(offsets[pool, key] + rows.start * values[0].nbytes)
+                        file.seek(offsets[pool, key] + chunk.start * values[0].nbytes)
                         file.write(values.contiguous().numpy())
         stop_on_faults(source)
 

@@ -157,9 +157,9 @@ def step_rates(args, epoch, steps):
     """Learning rate, alpha, and weight in the moving average, of an epoch's steps: (steps, 3)."""
     rates = []
     for step in range(epoch * steps, (epoch + 1) * steps):
-        done = step / steps  # epochs
-        rate = learning_rate(done, args.epochs, args.lr, args.schedule)
-        growth = min(1, 10 * done / args.epochs)  # regularised at once, a run ends up worse
+        at = step / steps  # the epoch, in fractions
+        rate = learning_rate(at, args.epochs, args.lr, args.schedule)
+        growth = min(1, 10 * at / args.epochs)  # regularised at once, a run ends up worse
         weight = max(0.01, 9 / (9 + step))        # over a tenth of the steps so far, at most 100
         if args.notebook:
             growth, weight = 1, 1
