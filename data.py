@@ -528,7 +528,7 @@ class Frames:
                 x.record_stream(computing)  # not to be freed before it is read
         return batch[0].permute(0, 3, 1, 2), batch[1]
 
-    def batches(self, batch_size, order=None, label="frames"):
+    def batches(self, batch_size, order=None, label="measure"):
         """Yields what `fetch` gives, and progress. Evenly split: cuDNN plans for each size."""
         order = torch.arange(len(self)) if order is None else order
         parts = order.to(self.image.device).tensor_split(ceil(len(order) / batch_size))

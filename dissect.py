@@ -7,7 +7,6 @@ Writes units.csv, dissect.json and what the flags ask for to --out.
 
 Sizes: B batch, C channels (units), K depth bins, h w activation map.
 """
-import glob
 import itertools
 import json
 import os
@@ -42,7 +41,7 @@ def measure(model, frames, layers, notebook=False, batch_size=16, min_share=0.0)
     """One pass over the frames for all layers, in fp32: (means of data.depth_metrics, units).
     units[layer] is what `describe_units` says of that layer."""
     rows, sums = [], dict.fromkeys(layers, 0)
-    for image, depth in frames.batches(batch_size, label="measure"):
+    for image, depth in frames.batches(batch_size):
         with record(model, layers) as features:
             prediction = model(normalise(image / 255))
         rows.append(depth_metrics(prediction, depth))
@@ -303,10 +302,10 @@ def read_photos(paths):
     for path in paths:
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             try:
-                photo, name = read_photo(file), file.stem
+                name = file.stem
                 while name in photos:
                     name += "_2"
-                photos[name] = photo
+                photos[name] = read_photo(file)
             except UserError:
                 if file == path:  # named outright
                     raise
@@ -411,9 +410,10 @@ def main(argv=None):
         data.stop_on_faults(source)
         before = args.out / "dissect.json"
         if before.exists():  # of another run of dissect.py: its figures begin with its labels
-            figures = [f"{glob.escape(label)}_*.png" for label in json.loads(before.read_text())]
-            for pattern in ["overview.png", "ablation.*", *figures]:
-                for path in args.out.glob(pattern):
+            figures = [f"{label}_{end}.png" for label in json.loads(before.read_text())
+                       for end in ("*_units", "activations", "photos_*", "*_depth")]
+            for name in ["dissect.json", "units.csv", "overview.png", "ablation.???", *figures]:
+                for path in args.out.glob(name):
                     path.unlink()
         return dissect(args, loaded, frames, photos)
 

@@ -470,8 +470,8 @@ def run(args):
 
     def draw_figures():
         draw_curves(rows, constant, args.out / "curves.png")
-        title = f"{args.out.name.replace('$', '_')}, epoch {len(rows)}"  # $ begins a formula
-        draw_predictions(average, {"training": train, "validation": val}, title,
+        draw_predictions(average, {"training": train, "validation": val},
+                         f"{args.out.name.replace('$', '_')}, epoch {len(rows)}",  # no formula
                          args.out / "predictions.png")
 
     for epoch in range(len(rows), args.epochs):

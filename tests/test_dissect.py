@@ -433,7 +433,8 @@ def test_a_second_run_clears_what_an_earlier_one_wrote_and_nothing_else(folder, 
     out, photo = tmp_path / "out", tmp_path / "kitchen.png"
     Image.new("RGB", (64, 48), 99).save(photo)
     own = ["notes.txt", "figure.png", "units.png", "best.pt", "dissect.json.old",
-           "bedroom_depth.png", "living_room_depth.png", "holiday_photos_1.png", "old_units.png"]
+           "bedroom_depth.png", "living_room_depth.png", "holiday_photos_1.png", "old_units.png",
+           "cm_notes.png", "other_kitchen.png", "ablation.md"]
     out.mkdir()
     for name in [*own, "of_nobody_units.png"]:
         (out / name).write_text(name)
