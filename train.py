@@ -160,7 +160,7 @@ def step_rates(args, epoch, steps):
         at = step / steps  # the epoch, in fractions
         rate = learning_rate(at, args.epochs, args.lr, args.schedule)
         growth = min(1, 10 * at / args.epochs)  # regularised at once, a run ends up worse
-        weight = max(0.01, 9 / (9 + step))        # over a tenth of the steps so far, at most 100
+        weight = max(0.01, 9 / (9 + step))      # over a tenth of the steps so far, at most 100
         if args.notebook:
             growth, weight = 1, 1
         rates.append((rate, args.alpha * growth, weight))
