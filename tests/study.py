@@ -3,6 +3,7 @@
     python tests/study.py --data nyu.h5 --init meter_xxs_nyu.pth
 
 study.csv in --out gets a line when a run is done: stop it when you like, it goes on where it was.
+Lines do not tell the data: other --data or --init, another --out.
 """
 import csv
 import sys
@@ -26,7 +27,7 @@ PULL = "--neuron-selective --min-share 0 --layers"  # all bins count, the papers
 LOOK = "--min-share 0 --layers dec_1 dec_2 dec_3 enc_4 enc_output"
 PULL_SHARE, LOOK_SHARE = PULL.replace(" 0 ", " 0.001 "), LOOK.replace(" 0 ", " 0.001 ")
 TRIO, PAIR = "dec_1 dec_2 dec_3", "dec_3 enc_4"
-# Name, before "_" that of the row to compare with; arguments of train.py, all flags that matter, as
+# Name, up to "_" that of the row to compare with; arguments of train.py, all flags that matter, as
 # defaults change; arguments of dissect.py.
 ROWS = [
     ("scratch", SCRATCH, f"{LOOK} --ablate"),
@@ -92,12 +93,14 @@ def main(argv=None):
     p.add_argument("--jobs", type=data.number(int, 1), default=jobs, help="runs at a time")
     args = p.parse_args(argv)
     first, _, last = args.seeds.partition("-")
-    if not first.isdigit() or not last.isdigit():
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
         p.error(f"--seeds {args.seeds}: give the first and the last, such as 0-7")
     seeds = [str(seed) for seed in range(int(first), int(last) + 1)]
     with data.sole_writer(args.out):
         table = args.out / "study.csv"
-        lines = list(csv.DictReader(open(table))) if table.exists() else []
+        lines = list(csv.DictReader(open(table, encoding="utf-8-sig"))) if table.exists() else []
+        if lines and "name" not in lines[0]:
+            raise data.UserError(f"{table.absolute()} is not of study.py: another --out.")
         done = [(line["name"], line["seed"]) for line in lines]
         tasks, files = [], {"nyu.h5": args.data, "meter_xxs_nyu.pth": args.init}
         for name, arguments, look in (row for row in ROWS if row[0] in args.only):
@@ -117,4 +120,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.run_command(main, train.meter.CheckpointError)
+    data.run_command(main)

@@ -82,7 +82,15 @@ def test_changes_are_paired_by_seed(monkeypatch, capsys):
     assert "| a_b | 2 | 0.550 ± 0.071 | +0.300 |" in printed
 
 
-@pytest.mark.parametrize("words", [["--only", "nobody"], ["--seeds", "two"], ["--jobs", "0"]])
+@pytest.mark.parametrize("words", [
+    ["--only", "nobody"], ["--seeds", "two"], ["--seeds", "3-2"], ["--seeds", "\u00b2-3"],
+    ["--jobs", "0"]])
 def test_a_mistake_is_a_sentence_that_names_the_flag(words, tmp_path):
     with pytest.raises(UserError, match=words[0]):
         study.main([*words, "--out", str(tmp_path)])
+
+
+def test_a_table_of_another_program_is_refused(tmp_path):
+    (tmp_path / "study.csv").write_text("run;seed\n1;2\n")
+    with pytest.raises(UserError, match=r"study\.csv is not of study\.py"):
+        study.main(["--out", str(tmp_path)])
