@@ -28,8 +28,8 @@ from model import LAYERS, record
 MEASURES = {
     "selectivity": "of a unit's strongest depth bin, |mean activation|",
     "assigned_selectivity": "of the bin that training assigns, mean |activation|"}
-COLUMNS = ["unit", "selectivity", "peak_bin", "peak_m", "assigned_bin", "assigned_selectivity",
-           "dead"]  # of units.csv, after checkpoint and layer; a dead unit has peak_bin -1
+COLUMNS = "unit selectivity peak_bin peak_m assigned_bin assigned_selectivity dead".split()
+FILES = "dissect.json", "units.csv", "overview.png", "ablation.csv", "ablation.png"
 ORDERS = {"most": ("tab:red", "most selective first"), "random": ("silver", "five random orders"),
           "least": ("tab:blue", "least selective first")}  # by their first word: colour, label
 
@@ -67,7 +67,7 @@ def describe_units(sums, notebook=False, min_share=0.0):
     """What the units of a layer answer to depth: a dict of tensors.
     sums (1 + 2 C, K) over all pixels of each bin: their count, and the activation and |activation|
     of all units. edges (K + 1,) of the bins in metres; counted (K,) bool, see counted_bins; signed
-    and absolute (C, K), means of activation and |activation|; and the COLUMNS of units.csv (C,)."""
+    and absolute (C, K), means of activation and |activation|; COLUMNS (C,); peak_bin -1: dead."""
     count = sums[0]
     signed, absolute = (sums[1:] / count.clamp(min=1)).chunk(2)
     units, bins = signed.shape
@@ -124,13 +124,13 @@ def rmse_after(model, frames, layer, changes, batch_size=16):
 def ablate(model, frames, layer, r, batch_size=16):
     """RMSE as more and more units of a layer are off, in several orders: rows of ablation.csv.
     r: units[layer] of `measure`."""
-    units = len(r["unit"])
+    total = len(r["unit"])
     ranked = r["selectivity"].argsort(descending=True)
     orders = {"most selective first": ranked, "least selective first": ranked.flip(0)}
     for n in range(5):  # for the spread
-        orders[f"random {n}"] = torch.randperm(units, generator=torch.Generator().manual_seed(n))
+        orders[f"random {n}"] = torch.randperm(total, generator=torch.Generator().manual_seed(n))
 
-    runs = list(itertools.product(orders, sorted({round(units * n / 8) for n in range(9)})))
+    runs = list(itertools.product(orders, sorted({round(total * n / 8) for n in range(9)})))
     changes = [switch_off(orders[order][:n]) for order, n in runs]
     errors = rmse_after(model, frames, layer, changes, batch_size)
     return [{"order": order, "units_off": n, "rmse_m": error}
@@ -188,7 +188,8 @@ def draw_overview(results, path):
     for axis, (key, meaning) in zip(figure.subplots(2, 1, sharex=True), MEASURES.items()):
         for n, (label, result) in enumerate(results.items()):
             means = [layer[key] for layer in result["layers"].values()]
-            axis.bar(np.arange(len(means)) + (n + 0.5) * width - 0.4, means, width, label=label)
+            axis.bar(np.arange(len(means)) + (n + 0.5) * width - 0.4, means, width,
+                     label=" " + label)  # else matplotlib hides one that begins with _
         axis.set(title=f"{key}: {meaning}", ylabel="mean over units")
         axis.grid(alpha=0.3, axis="y")
     axis.set_xticks(range(len(means)), starred(results), rotation=30)
@@ -341,12 +342,6 @@ def print_table(results):
         print(f"{label} | rmse_m {result['rmse_m']:.4f} | rel {result['rel']:.4f} | delta1 "
               f"{result['delta1']:.4f} | mean selectivity {result['mean_selectivity']:.4f} | dead "
               f"units {sum(layer['dead'] for layer in result['layers'].values())}")
-        layers = [layer for layer in result["regularised"] if layer in result["layers"]]
-        if layers and result is not first:
-            before, after = (np.mean([x["layers"][layer]["selectivity"] for layer in layers])
-                             for x in (first, result))
-            print(f"  regularised layers ({', '.join(layers)}): {before:.3f} -> {after:.3f}; RMSE "
-                  f"{first['rmse_m']:.3f} -> {result['rmse_m']:.3f} m")
 
 
 def parse_args(argv=None):
@@ -387,6 +382,17 @@ def load_all(paths):
     return loaded
 
 
+def earlier_files(folder):
+    """What an earlier dissection wrote there, but of photos; UserError if it is of others."""
+    found = [folder / name for name in FILES if (folder / name).exists()]
+    try:
+        labels = json.loads((folder / "dissect.json").read_text()) if found else []
+        return found + [folder / f"{label}_{end}.png" for label in labels
+                        for end in ["activations", *(f"{layer}_units" for layer in LAYERS)]]
+    except Exception as error:  # noqa: BLE001  another program's may hold anything
+        raise UserError(f"{found[0].absolute()} is not of dissect.py: another --out.") from error
+
+
 def main(argv=None):
     """Dissects; returns {label: what dissect.json holds of that checkpoint}."""
     args = parse_args(argv)
@@ -405,26 +411,22 @@ def main(argv=None):
         first = {}
     asked = {key: first.get(key) or getattr(args, key) for key in ("data", "rooms", "raw_depth")}
     with data.sole_writer(args.out):
+        old = earlier_files(args.out)
         source = data.open_source(**asked, device=device)
         frames = data.Frames(source, args.split, device, limit=args.limit)
         data.stop_on_faults(source)
-        before = args.out / "dissect.json"
-        if before.exists():  # of another run of dissect.py: its figures begin with its labels
-            figures = [f"{label}_{end}.png" for label in json.loads(before.read_text())
-                       for end in ("*_units", "activations", "photos_*", "*_depth")]
-            for name in ["dissect.json", "units.csv", "overview.png", "ablation.???", *figures]:
-                for path in args.out.glob(name):
-                    path.unlink()
-        return dissect(args, loaded, frames, photos)
+        return dissect(args, loaded, frames, photos, old)
 
 
-def dissect(args, loaded, frames, photos):
+def dissect(args, loaded, frames, photos, old):
     batch_size = args.batch_size or (128 if frames.device.type == "cuda" else 8)
     results, rows, ablation = {}, [], []
     for label, (path, model, config) in loaded.items():
         model.to(frames.device, memory_format=torch.channels_last)
         metrics, units = measure(
             model, frames, args.layers, args.notebook, batch_size, args.min_share)
+        while old:  # now there is something new
+            old.pop().unlink(missing_ok=True)
         regularised = config["layers"] if config.get("neuron_selective") else []
 
         layers = {}
@@ -462,8 +464,8 @@ def dissect(args, loaded, frames, photos):
         for page, (image, depth, chosen) in pages.items():
             draw_activations(model, image, depth, units, chosen, args.out / f"{label}_{page}.png")
 
-    data.write_csv(args.out / "units.csv", rows)
     data.write_json(args.out / "dissect.json", results)
+    data.write_csv(args.out / "units.csv", rows)
     if args.viz:
         draw_overview(results, args.out / "overview.png")
     if args.ablate:
@@ -475,4 +477,4 @@ def dissect(args, loaded, frames, photos):
 
 
 if __name__ == "__main__":
-    data.run_command(main, meter.CheckpointError)
+    data.run_command(main)
