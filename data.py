@@ -14,6 +14,7 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -36,6 +37,7 @@ from PIL import Image
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"  # `!python` inherits a notebook's, which it may not have
 
+from matplotlib import rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -54,7 +56,7 @@ STD = 0.229, 0.224, 0.225
 FORMS = {"image": ((*SIZE, 3), "u1"), "depth": ((1, *DEPTH_SIZE), "<f4")}  # of a packed frame
 BYTES = 159_744                # of a packed frame
 DRAWS = 11                     # random numbers that `augment` takes for a frame
-ROOMS = 400                    # synthetic rooms to train on, unless --rooms says otherwise
+ROOMS = 400                    # synthetic rooms, unless --rooms says otherwise; most to test on
 KAGGLE_INPUT = Path("/kaggle/input")
 KAGGLE_NAME = "datasets/soumikrakshit/nyu-depth-v2"
 MIN_SHARE = 0.001              # of the pixels: depth bins with no more do not count
@@ -141,7 +143,7 @@ def camera_rays(yaw, pitch):
 
 
 def cast(ray, camera, half, center):
-    """Depth at which each ray meets the nearest box (the room from within), and its number."""
+    """z-depth of the nearest box beyond .5 m on each ray (the room from within), its number."""
     inverse = (1 / ray).clamp(-1e6, 1e6)  # finite: an infinity times 0 would be nan
     seen = []
     for size, place in zip(half.split(1, 2), center.split(1, 2)):
@@ -253,7 +255,7 @@ def mirror_shift(width):
 
 
 def to_rgb(image):
-    """A Pillow image as RGB; ValueError where Pillow would turn it white or black."""
+    """A Pillow image as RGB; ValueError for a mode that is not 8-bit colour or grey."""
     if image.mode not in ("RGB", "RGBA", "P", "L", "LA"):
         raise ValueError(f"image of mode {image.mode}: save it as RGB or grey of 8 bits")
     return image.convert("RGB")
@@ -399,7 +401,7 @@ def open_hdf5(path, raw_depth):
     except OSError as error:
         held = isinstance(error, BlockingIOError | PermissionError)
         advice = "another program holds it, or you may not read it" if held else "get it again"
-        raise UserError(f"{path} cannot be opened as HDF5 ({error}): {advice}.") from error
+        raise UserError(f"{path} is no folder, nor HDF5 ({error}): {advice}.") from error
 
     if str(file.attrs.get("format")) == PACKED:
         return Packed(path, file)
@@ -659,6 +661,7 @@ DEPTH_COLOURS = ScalarMappable(Normalize(0, 10), "viridis")  # of metres
 
 
 def new_figure(width, height):
+    rcParams["text.usetex"] = False  # LaTeX, where a user wants it, would trip over each _
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
@@ -685,7 +688,7 @@ def log_line(row):
 
 def progress(items, label, n, step=1, unit="images"):
     """Yields `items`, each of `step` of n images, and says how far it is and how long it takes.
-    `train 500/716 | 64.2 images/s | 3 s left`: this line rewrites itself on a terminal; in a
+    `epoch 3 500/716 | 64.2 images/s | 3 s left`: this line rewrites itself on a terminal; in a
     notebook's output there is one every ten seconds, in a file every half minute."""
     notebook = "JPY_PARENT_PID" in os.environ or "KAGGLE_KERNEL_RUN_TYPE" in os.environ
     rewritten = getattr(sys.stdout, "isatty", bool)() and not notebook
@@ -739,7 +742,7 @@ def add_source_arguments(p):
     add("--min-share", type=number(float, 0, 0.5), default=MIN_SHARE, help="of pixels a bin needs")
 
 
-def run_command(main, *mistakes):
+def run_command(main):
     """main() as a command: what the user or the system did wrong ends it with one sentence."""
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):  # a Chinese path on a Western Windows
@@ -747,12 +750,12 @@ def run_command(main, *mistakes):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         main()
-    except (UserError, OSError, *mistakes) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nstopped: train.py --resume goes on after the last whole epoch.")
     except (MemoryError, RuntimeError) as error:  # RuntimeError: of the GPU, or torch's
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("(?i)alloc|of memory", str(error)):
             raise
         sys.exit(f"error: memory is full: halve --batch-size, or pack the frames. ({error})"[:300])
 

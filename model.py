@@ -11,7 +11,6 @@ ICCV 2021 (arXiv 2108.05312).
 
 Sizes: B batch, C channels (units), H W depth map, h w activation, K depth bins.
 """
-import codecs
 import functools
 import re
 from collections import OrderedDict
@@ -80,17 +79,16 @@ class MobileNetV2Block(nn.Module):
 class Attention(nn.Module):
     """Self-attention with 4 heads of width 8."""
 
-    def __init__(self, width, heads=4, head_width=8):
+    def __init__(self, width):
         super().__init__()
-        self.heads = heads
-        self.to_qkv = nn.Linear(width, 3 * heads * head_width, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(heads * head_width, width))
+        self.to_qkv = nn.Linear(width, 3 * 4 * 8, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(4 * 8, width))
 
     def forward(self, x):
-        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, 8)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)           # (B, heads, N, 8) each
+        qkv = self.to_qkv(x).unflatten(-1, (3, 4, 8))          # (B, N, 3, 4, 8)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)         # (B, 4, N, 8) each
         mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.to_out(mixed.transpose(1, 2).flatten(-2))    # (B, N, width)
+        return self.to_out(mixed.transpose(1, 2).flatten(-2))  # (B, N, width)
 
 
 def feed_forward(width, hidden):
@@ -221,7 +219,7 @@ class METER(nn.Module):
 
 # Checkpoints.
 
-class CheckpointError(ValueError):
+class CheckpointError(OSError):
     """A file that holds no METER. The message says why, and what to do."""
 
 
@@ -274,7 +272,7 @@ def read_file(path):
 
 def numpy_scalars():
     """What the notebook's file needs to be read: it holds losses as NumPy's float64."""
-    allowed = [codecs.encode, np.dtype, *(type(np.dtype(code)) for code in ("f4", "f8", "i8"))]
+    allowed = [np.dtype, *(type(np.dtype(code)) for code in ("f4", "f8", "i8"))]
     for module in "numpy.core.multiarray", "numpy._core.multiarray":  # NumPy 1 and 2
         def scalar(kind, content):
             return np.frombuffer(content, kind)[0]
@@ -298,13 +296,8 @@ def record(network, names):
         raise ValueError(f"unknown layer {', '.join(unknown)}: choose from {', '.join(LAYERS)}")
 
     features = {}
-
-    def keep(name):
-        def hook(module, inputs, output):
-            features[name] = output
-        return hook
-
-    hooks = [modules[path].register_forward_hook(keep(name)) for name, path in paths.items()]
+    hooks = [modules[path].register_forward_hook(
+        lambda _, inputs, x, name=name: features.update({name: x})) for name, path in paths.items()]
     try:
         yield features
     finally:

@@ -40,7 +40,7 @@ DRAW_EVERY = 20  # seconds: drawing takes longer than a short epoch on a GPU
 # METER's balanced loss (Papa et al., as released). In the release's units, centimetres.
 
 def mean_without(missing, x, window, padding=0):
-    """Mean of a map over the cells whose window, of so many pixels, holds no missing pixel."""
+    """Mean of a map over the cells in whose window x window pixels none is missing."""
     valid = 1 - F.max_pool2d(missing, window, stride=1, padding=padding)
     return (x * valid).sum() / valid.sum().clamp(min=1)
 
@@ -133,7 +133,8 @@ def mixed_precision(amp, device):
 
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what stays fp32,
     torch.backends.cudnn.allow_tf32 = False     # but not for the loss, which squares centimetres
-    torch.backends.cudnn.deterministic = True   # same seed, same machine, same result
+    torch.backends.cudnn.deterministic = True   # same seed, same machine, same result, so without
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # attention that adds up as it comes
 
     half = torch.float16 if amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=amp != "off")
@@ -148,7 +149,7 @@ def learning_rate(epoch, epochs, peak, schedule):
     if schedule == "step":
         return peak * 0.1 ** (epoch // 20)
     done = epoch / epochs
-    warm_up = (done + 1e-3) / 0.05
+    warm_up = (done + 1e-3) / 0.05  # the first step moves, too
     cosine = 0.5 + 0.5 * cos(pi * max(done - 0.05, 0) / 0.95)
     return peak * min(warm_up, cosine)
 
@@ -280,11 +281,12 @@ def draw_curves(rows, constant, path):
 @torch.no_grad()
 def draw_predictions(model, splits, title, path):
     """The first and the last frame of each split: image, true and predicted depth, error."""
+    model = copy.deepcopy(model).cpu()  # for two images cuDNN would first plan for a second
     figure = data.new_figure(9.6, 7.8)
     figure.suptitle(title)
     axes = iter(figure.subplots(2 * len(splits), 4))
     for name, frames in splits.items():
-        images, depths = frames.fetch(torch.tensor([0, len(frames) - 1]))
+        images, depths = (x.cpu() for x in frames.fetch(torch.tensor([0, len(frames) - 1])))
         predictions = model(normalise(images / 255))
         errors = depth_metrics(predictions, depths)["rmse_m"]
         for image, depth, prediction, rmse, row in zip(images, depths, predictions, errors, axes):
@@ -335,8 +337,7 @@ def parse_args(argv=None):
     idle = given & {"--alpha", "--layers", "--min-share"}
     if idle and not args.neuron_selective:
         p.error(f"{', '.join(sorted(idle))} does nothing without --neuron-selective")
-    regularised = args.layers if args.neuron_selective else []
-    args.layers = [layer for layer in meter.LAYERS if layer in regularised]  # as they answer
+    args.layers = [x for x in meter.LAYERS if args.neuron_selective and x in args.layers]
     args.out = args.out or Path("runs", "selective" if args.neuron_selective else "baseline")
     return args
 
@@ -352,12 +353,14 @@ def start_or_resume(args, config):
         old = state["config"] if "adamw" in state else {}
         differ = [f"{key} {old.get(key)}, not {value}"
                   for key, value in config.items() if old.get(key) != value]
+        if old and state["best_epoch"] < state["epoch"] and not (args.out / "best.pt").exists():
+            differ.append("no best.pt beside it")
         if differ:
             raise UserError(f"{last.absolute()} has {', '.join(differ)}: give it or another --out.")
         return model, state
 
-    for name in ("last.pt", "best.pt", "log.csv", "config.json", "metrics.json", "curves.png",
-                 "predictions.png"):
+    files = "last.pt best.pt log.csv config.json metrics.json curves.png predictions.png"
+    for name in files.split():
         if (args.out / name).exists():
             raise UserError(f"{args.out.absolute()} holds a run ({name}): --resume its last.pt (or "
                             "copy best.pt there), or choose another --out.")
@@ -398,7 +401,7 @@ def stop_on_nan(history, names, epoch):
     for step, values in enumerate(history.tolist(), 1):
         broken = [name for name, value in zip(names, values) if not isfinite(value)]
         if broken:
-            raise UserError(f"epoch {epoch + 1}, step {step}: {', '.join(broken[1:] or broken)} is "
+            raise UserError(f"epoch {epoch + 1}, step {step}: {', '.join(broken)} is "
                             "nan or infinite: try a lower --lr or --amp off. last.pt is kept.")
 
 
@@ -512,13 +515,12 @@ def run(args):
             drawn = time.monotonic()
 
     draw_figures()
-    best = args.out / "best.pt"
-    model, _ = meter.load_checkpoint(best)
+    model, _ = meter.load_checkpoint(args.out / "best.pt")
     metrics = {"split": "test", "images": len(test), **evaluate(model.to(device), test, args)}
     data.write_json(args.out / "metrics.json", metrics)
-    print(f"best.pt | {log_line(metrics)}\nnext: python dissect.py {best} --viz")
+    print(f"best.pt | {log_line(metrics)}\nnext: python dissect.py {args.out / 'best.pt'} --viz")
     return metrics
 
 
 if __name__ == "__main__":
-    data.run_command(main, meter.CheckpointError)
+    data.run_command(main)

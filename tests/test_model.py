@@ -612,7 +612,7 @@ def reason(path):
     """The sentence with which load_checkpoint refuses a file."""
     with pytest.raises(CheckpointError) as refused:
         load_checkpoint(path)
-    assert isinstance(refused.value, ValueError)
+    assert isinstance(refused.value, OSError)
     return str(refused.value)
 
 

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
+import matplotlib
 import pytest
 import torch
 import torch.nn.functional as F
@@ -849,6 +850,15 @@ def test_a_best_and_a_log_that_were_not_written_any_more_appear_on_resume(
     assert_same_run(unbroken, finished)
 
 
+def test_a_run_whose_best_epoch_is_lost_is_refused_before_it_goes_on(
+        finished, flags, monkeypatch):
+    last = state(finished / "last.pt")
+    torch.save(last | {"best_epoch": 1}, finished / "last.pt")
+    (finished / "best.pt").unlink()
+    monkeypatch.setattr(train, "make_step", None)
+    assert "no best.pt beside it" in refusal(*flags, "--out", finished, "--resume")
+
+
 def test_figures_that_a_kill_kept_from_being_drawn_appear_on_resume(
         finished, flags, monkeypatch):
     drawn = []
@@ -1088,6 +1098,13 @@ def test_a_dollar_in_the_name_of_a_run_begins_no_formula_in_its_figure(
     assert (out / "predictions.png").stat().st_size > 1000
 
 
+def test_figures_do_without_latex(flags, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    with matplotlib.rc_context({"text.usetex": True}):
+        run(*flags, "--epochs", 1, "--out", tmp_path / "a_b")
+    assert (tmp_path / "a_b" / "predictions.png").stat().st_size > 1000
+
+
 def test_no_compiler_ends_before_anything_is_written(flags, tmp_path, monkeypatch):
     def none(*_, **__):
         raise RuntimeError("No working C++ compiler found")
@@ -1119,15 +1136,20 @@ def test_a_nan_names_epoch_step_and_term_and_keeps_last_pt(flags, tmp_path, monk
     on_call(monkeypatch, train, "loss_terms", 5,  # 2 steps, 1 validation batch, second step
             lambda terms: terms | {"loss_ssim": terms["loss_ssim"] * math.nan})
     message = refusal(*flags, "--out", tmp_path)
-    assert "epoch 2, step 2: loss_ssim is nan" in message
+    assert "epoch 2, step 2: loss, loss_ssim is nan" in message
     assert state(tmp_path / "last.pt")["epoch"] == 1
 
 
 # The guard.
 
-def test_a_full_gpu_ends_with_advice(flags, tmp_path, monkeypatch, command):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: out of memory"),  # of another program, of pinned memory,
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")])
+def test_a_full_gpu_ends_with_advice(error, flags, tmp_path, monkeypatch, command):
     def full(_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
     monkeypatch.setattr(data, "normalise", full)
     with pytest.raises(SystemExit, match="error: memory is full: halve --batch-size"):
@@ -1135,8 +1157,11 @@ def test_a_full_gpu_ends_with_advice(flags, tmp_path, monkeypatch, command):
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(flags, tmp_path, monkeypatch, command):
-    monkeypatch.setattr(data, "normalise", lambda _: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    def broken(_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(data, "normalise", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
         command(*flags, "--out", tmp_path)
 
 
@@ -1230,6 +1255,23 @@ def test_recorded_steps_equal_plain_steps_bit_for_bit(amp, packed):
                      scaler.state_dict()])
     for ours, theirs in zip(*ends):
         assert_same(ours, theirs)
+
+
+@needs_gpu
+@AMPS
+def test_steps_on_whole_frames_are_the_same_bits_each_time(amp, packed):
+    """Whole frames have 192 keys: attention in blocks of 64 adds up three, in which order?"""
+    image = torch.randint(256, (16, 3, 192, 256), dtype=torch.uint8,
+                          generator=torch.Generator().manual_seed(1)).cuda()
+    depth = image[:, :1, ::4, ::4] / 32 + 1
+    ends = []
+    for _ in range(3):
+        model, _, _, step, _ = gpu_training(packed, amp)
+        for n in range(4):
+            step(*step_inputs([(image, depth)], n, [1e-3, -0.1, 0.1]))
+        ends.append(model.state_dict())
+    assert_same(ends[0], ends[1])
+    assert_same(ends[0], ends[2])
 
 
 @needs_gpu
