@@ -383,7 +383,7 @@ def load_all(paths):
 
 
 def earlier_files(folder):
-    """What an earlier dissection wrote there, but of photos; UserError if it is of others."""
+    """Files of an earlier dissection, but of photos; UserError if they are another program's."""
     found = [folder / name for name in FILES if (folder / name).exists()]
     try:
         labels = json.loads((folder / "dissect.json").read_text()) if found else []

@@ -133,8 +133,8 @@ def mixed_precision(amp, device):
 
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what stays fp32,
     torch.backends.cudnn.allow_tf32 = False     # but not for the loss, which squares centimetres
-    torch.backends.cudnn.deterministic = True   # same seed, same machine, same result, so without
-    torch.backends.cuda.enable_mem_efficient_sdp(False)  # attention that adds up as it comes
+    torch.backends.cudnn.deterministic = True   # same seed, same machine, same result:
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # it adds up gradients in any order
 
     half = torch.float16 if amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=amp != "off")
