@@ -90,6 +90,12 @@ def test_a_mistake_is_a_sentence_that_names_the_flag(words, tmp_path):
         study.main([*words, "--out", str(tmp_path)])
 
 
+def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path, capsys):
+    (tmp_path / "study.csv").write_text("name,seed,rmse_m\r\nscratch,0,.5\r\n", "utf-8-sig")
+    study.main(["--only", "scratch", "--out", str(tmp_path)])
+    assert "| scratch | 1 | 0.500 |  |" in capsys.readouterr().out
+
+
 def test_a_table_of_another_program_is_refused(tmp_path):
     (tmp_path / "study.csv").write_text("run;seed\n1;2\n")
     with pytest.raises(UserError, match=r"study\.csv is not of study\.py"):
